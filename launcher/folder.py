@@ -1,0 +1,109 @@
+"""A run's folder, keyed by the run's id.
+
+    runs/<id>/config.yaml     the configuration, resolved
+             command.txt      the command line, quoted for a shell
+             versions.json    python, torch, packages, git revision, platform
+             metrics.jsonl    the record (training writes it)
+             weights/         the final save (training writes it)
+"""
+
+import json
+import platform
+import shlex
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+
+from configs.schema import RunConfig
+from launcher import compose
+
+PACKAGES = ("shoestring", "torch", "triton", "deepspeed", "numpy", "safetensors", "tokenizers", "hydra-core", "omegaconf")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where a run keeps its things."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def create(config: RunConfig, invocation: compose.Invocation) -> Path:
+    """Makes the folder of a new run and writes down what it is. ``ValueError`` if ``run.id`` is taken."""
+    path = _claim(config)
+    (path / "config.yaml").write_text(invocation.yaml)
+    words = ["shoestring", invocation.verb, *invocation.arguments, *invocation.overrides]
+    (path / "command.txt").write_text(shlex.join(words) + "\n")
+    (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    return path
+
+
+def open(run: str, folder: str = "runs") -> RunFolder:  # `folder.open` reads well; the builtin is not needed here
+    """The folder of an existing run, given its path or its id under ``folder``."""
+    for path in (Path(run), Path(folder) / run):
+        if (path / "config.yaml").is_file():
+            return RunFolder(path)
+    raise ValueError(f"run={run} is neither a run's folder nor the id of one in {folder}/")
+
+
+def load_config(folder: Path) -> RunConfig:
+    """The configuration a run was started with."""
+    return compose.load(folder / "config.yaml")
+
+
+def versions() -> dict[str, object]:
+    """What the run's numbers may depend on besides its configuration."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": {"revision": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+    }
+
+
+def _claim(config: RunConfig) -> Path:
+    """Makes the folder itself; its creation is atomic, so two runs of one second get two folders."""
+    root = Path(config.run.folder)
+    root.mkdir(parents=True, exist_ok=True)
+    if config.run.id is not None:
+        path = root / config.run.id
+        try:
+            path.mkdir()
+        except FileExistsError:
+            raise ValueError(f"run.id={config.run.id} is taken: {path} exists; choose another or remove it") from None
+        return path
+    stem = f"{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in count(1):
+        path = root / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    """What git says about the sources, or None where they are not a checkout or git is missing."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
