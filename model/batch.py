@@ -1,12 +1,12 @@
 """One micro-batch of packed text, what its loss is divided by, and what comes out of a forward.
 
-    ids        t0 t1 t2 ... t(S-1) | tS ... t(S+D)     S inputs, then 1 + D more tokens that are only ever labels
+    ids        t0 t1 t2 ... t(S-1) | tS ... t(S+D)     S inputs, then 1 + D tokens that are only ever labels
     inputs     t0 ......... t(S-1)
     labels 0      t1 .......... tS                     next token
     labels d         t(1+d) ........ t(S+d)            depth d of multi-token prediction
 
-A sequence carries its labels with it, so every depth reads the same whole sequence: nothing is rolled, and nothing is
-lost at the right edge.
+A sequence carries its labels with it, so every depth reads the same whole sequence: nothing is rolled, and
+nothing is lost at the right edge.
 
 Shapes: B sequences, S inputs a sequence, D depth of multi-token prediction, E routed experts.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One micro-batch. ``counted`` is about the token as a label: False for padding, and where data.mask_documents
-    is on, for the first token of a document (the token before it belongs to another one)."""
+    """One micro-batch. ``counted`` speaks of a token as a label: False for padding, for the first token (nothing
+    before it predicts it) and, where documents are masked, for the first token of a document."""
 
     ids: Tensor  # [B, S + 1 + D] int64
     counted: Tensor  # [B, S + 1 + D] bool: predicting ids[b, i] counts in the loss
@@ -42,11 +42,11 @@ class Losses(NamedTuple):
 
 
 def slice_labels(batch: Batch, depth: int, d: int) -> tuple[Tensor, Tensor]:
-    """The labels of prediction depth ``d`` in 0..``depth``: ids [B, S] int64 and whether each counts [B, S] bool."""
+    """The labels of depth ``d`` in 0..``depth``: their ids [B, S] int64, and whether each counts [B, S] bool."""
     length = batch.ids.shape[1] - 1 - depth
     return batch.ids[:, 1 + d : 1 + d + length], batch.counted[:, 1 + d : 1 + d + length]
 
 
 def count_labels(batch: Batch, depth: int) -> list[int]:
-    """The counted labels of each prediction depth 0..``depth``: what ``Denominators.tokens`` sums over a global batch."""
+    """Counted labels at each depth 0..``depth``: what ``Denominators.tokens`` sums up over a global batch."""
     return [int(slice_labels(batch, depth, d)[1].sum()) for d in range(depth + 1)]
