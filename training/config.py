@@ -1,4 +1,4 @@
-"""Configuration of training: data, optimizer, precision, checkpoint and the run itself. Standard library only."""
+"""Configuration of training: data, optimizer, precision, checkpoint and the run. Standard library only."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -29,7 +29,7 @@ class RateShape(StrEnum):
 
 
 class Compile(StrEnum):
-    """Whether compute segments go through torch.compile. ``auto``: where a C++ compiler is found and it pays."""
+    """Whether compute segments go through torch.compile. ``auto``: where it can and pays for its minute."""
 
     auto = "auto"
     on = "on"
@@ -57,7 +57,7 @@ class DataConfig:
     """Text, its tokens and their packing into sequences."""
 
     sequence_length: int
-    corpus: tuple[str, ...] = ("stdlib",)  # "stdlib": the running Python's own source; else text files or folders
+    corpus: tuple[str, ...] = ("stdlib",)  # "stdlib": the running Python's source; else text files or folders
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
     folder: str = "data"  # token files live here, one folder per (corpus, tokenizer)
     held_out: float = 0.05  # share of the documents kept for evaluation, chosen by file
@@ -72,8 +72,21 @@ class RateConfig:
 
     shape: RateShape = RateShape.cosine
     warmup_steps: int = 0
-    stable: float = 0.0  # wsd, deepseek: share of the steps at the full rate (warm-up included)
-    final: float = 0.1  # the last rate as a share of optimizer.lr
+    stable: float | None = None  # wsd only: share of the run at the full rate, warm-up included
+    final: float = 0.1  # the last rate as a share of optimizer.lr (deepseek: the last but one)
+
+    def __post_init__(self) -> None:
+        key = "optimizer.rate"
+        if self.warmup_steps < 0:
+            raise ValueError(f"{key}.warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"{key}.final={self.final} must lie in 0..1: it is a share of optimizer.lr")
+        if self.shape is RateShape.wsd and (self.stable is None or not 0 <= self.stable < 1):
+            raise ValueError(
+                f"{key}.stable={self.stable} must be at least 0 and below 1 with {key}.shape=wsd"
+            )
+        if self.shape is not RateShape.wsd and self.stable is not None:
+            raise ValueError(f"{key}.stable={self.stable} must be null with {key}.shape={self.shape}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,6 +104,22 @@ class OptimizerConfig:
     rate: RateConfig = field(default_factory=RateConfig)
     skip_limit: int = 5  # steps with a non-finite loss or gradient that may follow each other
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "clip", "skip_limit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        # A bfloat16 moment has 8 significant bits: with beta above 1 - 2^-7 it would never decay.
+        limit = 1 - 2**-7 if self.moments is MomentDtype.bf16 else 1.0
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < limit:
+                why = " with optimizer.moments=bf16" if self.moments is MomentDtype.bf16 else ""
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)} must be at least 0 and below {limit:.4g}{why}"
+                )
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
@@ -101,10 +130,19 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RampConfig:
-    """The batch grows linearly from ``start`` sequences to ``run.global_batch`` over the first ``tokens`` tokens."""
+    """The batch grows linearly from ``start`` sequences to ``run.global_batch`` over the first ``tokens``."""
 
     start: int | None = None  # null: no ramp
     tokens: int = 0
+    jump: int | None = None  # the batch grows by this many sequences at a time; null: by run.ramp.start
+
+    def __post_init__(self) -> None:
+        for name in ("start", "jump"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"run.ramp.{name}={value} must be positive")
+        if self.tokens < 0:
+            raise ValueError(f"run.ramp.tokens={self.tokens} must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,9 +161,36 @@ class RunSection:
     device: Device = Device.auto
     compile: Compile = Compile.auto
     deterministic: bool = True
-    log_every: int = 1
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_tokens: int = 65536  # held-out tokens an evaluation reads
     sample_tokens: int = 200  # length of the text sample at the end; 0: none
     sample_prompt: str = "def "
     sinks: tuple[Sink, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"run.{name}={getattr(self, name)} must be positive")
+        for name in ("eval_every", "eval_tokens", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name}={getattr(self, name)} must not be negative")
+        if self.threads is not None and self.threads <= 0:
+            raise ValueError(f"run.threads={self.threads} must be positive, or null for all cores")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"run.micro_batch={self.micro_batch} must divide run.global_batch={self.global_batch}"
+            )
+        if self.ramp.start is not None:
+            self._check_ramp(self.ramp.start, self.ramp.jump or self.ramp.start)
+
+    def _check_ramp(self, start: int, jump: int) -> None:
+        for key, value in (("start", start), ("jump", jump)):
+            if value % self.micro_batch:
+                raise ValueError(
+                    f"run.ramp.{key}={value} must be a multiple of run.micro_batch={self.micro_batch}"
+                )
+        if start > self.global_batch or (self.global_batch - start) % jump:
+            raise ValueError(
+                f"run.global_batch={self.global_batch} must be run.ramp.start={start} plus a multiple of "
+                f"run.ramp.jump={jump}"
+            )
