@@ -17,8 +17,8 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One micro-batch. ``counted`` speaks of a token as a label: False for padding, for the first token (nothing
-    before it predicts it) and, where documents are masked, for the first token of a document."""
+    """One micro-batch. ``counted`` speaks of a token as a label: False for padding, for a sequence's first token
+    (nothing before it predicts it) and, where documents are masked, for a document's first token."""
 
     ids: Tensor  # [B, S + 1 + D] int64
     counted: Tensor  # [B, S + 1 + D] bool: predicting ids[b, i] counts in the loss
@@ -42,7 +42,7 @@ class Losses(NamedTuple):
 
 
 def slice_labels(batch: Batch, depth: int, d: int) -> tuple[Tensor, Tensor]:
-    """The labels of depth ``d`` in 0..``depth``: their ids [B, S] int64, and whether each counts [B, S] bool."""
+    """The labels of depth ``d`` in 0..``depth``: ids [B, S] int64 and whether each counts [B, S] bool."""
     length = batch.ids.shape[1] - 1 - depth
     return batch.ids[:, 1 + d : 1 + d + length], batch.counted[:, 1 + d : 1 + d + length]
 
