@@ -1,0 +1,110 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; figure 3 there).
+
+    x [B, S, H] -- q_kv_a --> q latent [q_rank] | kv latent [kv_rank] | rotary key [rope]    (one fused product)
+    q latent  -- norm -- q_b  --> q    [heads, nope + rope]      the rope part is rotated
+    kv latent -- norm -- kv_b --> k, v [heads, nope], [heads, v]
+    k = (k, rotary key shared by all heads);   out = softmax(scale q k^T) v;   o [heads * v] -> [H]
+
+Only the kv latent and the rotary key need to be cached for generation: kv_rank + rope numbers a token. Without query
+compression, q is its own product of x.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.core import Core, attend
+from model.linear import Deferred, Linear
+from model.rope import rotate, softmax_scale
+
+
+@dataclass
+class Cache:
+    """Latents of the tokens seen so far: per layer, the kv latent [B, S, kv_rank] and the rotated key [B, S, rope]."""
+
+    latents: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return next((latent.shape[1] for latent, _ in self.latents.values()), 0)
+
+    def extend(self, layer: int, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's new tokens and return all of its tokens."""
+        if layer in self.latents:
+            old_latent, old_key = self.latents[layer]
+            latent, key = torch.cat((old_latent, latent), dim=1), torch.cat((old_key, key), dim=1)
+        self.latents[layer] = latent, key
+        return latent, key
+
+
+class Context(NamedTuple):
+    """What every block of one micro-batch shares."""
+
+    cos: Tensor  # [S, rope / 2]
+    sin: Tensor
+    documents: Tensor | None = None  # [B, S]
+    deferred: Deferred = None  # collects weight gradients to compute later
+    cache: Cache | None = None  # generation only
+
+
+class LatentAttention(nn.Module):
+    """MLA. ``core`` is the seam behind which context parallelism works."""
+
+    def __init__(self, config: ModelConfig, layer: int, core: Core = attend) -> None:
+        super().__init__()
+        a = config.attention
+        self.layer, self.core, self.sizes = layer, core, a
+        self.scale = softmax_scale(config.rope, a)
+        kv_a = a.kv_rank + a.rope_dim
+        query = a.heads * (a.nope_dim + a.rope_dim)
+        if a.q_rank is None:
+            self.q = Linear(config.hidden, query)
+            self.kv_a = Linear(config.hidden, kv_a)
+        else:
+            self.q_kv_a = Linear(config.hidden, a.q_rank + kv_a)
+            self.q_norm = nn.RMSNorm(a.q_rank, eps=1e-6)
+            self.q_b = Linear(a.q_rank, query)
+        self.kv_norm = nn.RMSNorm(a.kv_rank, eps=1e-6)
+        self.kv_b = Linear(a.kv_rank, a.heads * (a.nope_dim + a.v_dim))
+        self.o = Linear(a.heads * a.v_dim, config.hidden)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        q, latent, key = self._project(x, context)
+        if context.cache is not None:
+            return self._generate(q, *context.cache.extend(self.layer, latent, key), context)
+        k, v = self._expand(latent, key, context.deferred)
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.documents)
+        return self.o(out.transpose(1, 2).flatten(2), context.deferred)
+
+    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, heads, D] rotated and scaled, kv latent [B, S, kv_rank] normalised, key [B, S, rope] rotated."""
+        a, deferred = self.sizes, context.deferred
+        if a.q_rank is None:
+            q = self.q(x, deferred)
+            latent, key = self.kv_a(x, deferred).split((a.kv_rank, a.rope_dim), dim=-1)
+        else:
+            q_latent, latent, key = self.q_kv_a(x, deferred).split((a.q_rank, a.kv_rank, a.rope_dim), dim=-1)
+            q = self.q_b(self.q_norm(q_latent), deferred)
+        q = q.unflatten(-1, (a.heads, -1)) * self.scale
+        q_nope, q_rope = q.split((a.nope_dim, a.rope_dim), dim=-1)
+        q = torch.cat((q_nope, rotate(q_rope, context.cos, context.sin)), dim=-1)
+        return q, self.kv_norm(latent), rotate(key[:, :, None], context.cos, context.sin)[:, :, 0]
+
+    def _expand(self, latent: Tensor, key: Tensor, deferred: Deferred) -> tuple[Tensor, Tensor]:
+        """Keys [B, S, heads, D] and values [B, S, heads, V] of latents."""
+        a = self.sizes
+        k, v = self.kv_b(latent, deferred).unflatten(-1, (a.heads, -1)).split((a.nope_dim, a.v_dim), dim=-1)
+        return torch.cat((k, key[:, :, None].expand(-1, -1, a.heads, -1)), dim=-1), v
+
+    def _generate(self, q: Tensor, latent: Tensor, key: Tensor, context: Context) -> Tensor:
+        """The last S of all cached tokens attend to everything before them."""
+        k, v = self._expand(latent, key, None)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(future.triu(1 + scores.shape[-1] - scores.shape[-2]), float("-inf"))
+        return self.o(torch.einsum("bhqk,bkhv->bqhv", scores.softmax(-1).to(v.dtype), v).flatten(2))

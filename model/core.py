@@ -1,0 +1,137 @@
+"""The attention core: softmax(q k^T) v under a causal mask, optionally within documents only.
+
+Queries go in blocks; block i sees keys 0 .. end of block i, so half of the square is never computed:
+
+    keys    0 ......... S
+    block 0 [##\\      ]        # full product     \\ masked triangle
+    block 1 [####\\    ]
+    block 2 [######\\  ]
+
+Shapes: q, k [B, heads, S, D], v [B, heads, S, V], documents [B, S] or None, result [B, heads, S, V]. The softmax scale is
+already in q. This is a seam: whatever has the shape of ``Core`` may take its place.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+BLOCK = 128  # query rows: on CPUs about 128 keeps a block's scores in cache; measured in benchmarks/step.py
+KEEP_LENGTH = 2048  # up to this length the probabilities are kept for the backward: S^2/2 elements a head
+
+
+class Core(Protocol):
+    """q, k [B, heads, S, D], v [B, heads, S, V], documents [B, S] or None -> [B, heads, S, V], causal."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor: ...
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+def _probabilities(q: Tensor, k: Tensor, documents: Tensor | None, rows: tuple[int, int]) -> Tensor:
+    """Softmax of one block's scores [B * heads, rows, end]."""
+    start, end = rows
+    scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+    future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu_(1)
+    scores[:, :, start:].masked_fill_(future, float("-inf"))
+    if documents is not None:
+        other = documents[:, start:end, None] != documents[:, None, :end]
+        scores.view(len(documents), -1, *scores.shape[1:]).masked_fill_(other[:, None], float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
+@torch.library.custom_op("shoestring::attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result, and the probabilities of all blocks one after another (empty above KEEP_LENGTH)."""
+    shape, length = v.shape, q.shape[2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    kept = q.new_empty(_kept_size(len(q), length))
+    position = 0
+    for start, end in _blocks(length):
+        p = _probabilities(q, k, documents, (start, end))
+        torch.bmm(p, v[:, :end], out=out[:, start:end])
+        if len(kept):
+            kept[position : position + p.numel()] = p.flatten()
+            position += p.numel()
+    return out.view(shape), kept
+
+
+def _kept_size(batch: int, length: int) -> int:
+    return 0 if length > KEEP_LENGTH else batch * sum((end - start) * end for start, end in _blocks(length))
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), q.new_empty(_kept_size(q.shape[0] * q.shape[1], q.shape[2]))
+
+
+@torch.library.custom_op("shoestring::attention_backward", mutates_args=())
+def _backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    shapes = q.shape, k.shape, v.shape
+    length = q.shape[2]
+    g, q, k, v = (t.flatten(0, 1) for t in (g, q, k, v))
+    gq, gk, gv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    position = kept.numel()
+    for start, end in reversed(_blocks(length)):
+        if len(kept):
+            size = len(q) * (end - start) * end
+            position -= size
+            p = kept[position : position + size].view(len(q), end - start, end)
+        else:
+            p = _probabilities(q, k, documents, (start, end))
+        gp = torch.bmm(g[:, start:end], v[:, :end].transpose(1, 2))
+        gs = torch._softmax_backward_data(gp, p, -1, p.dtype)
+        torch.bmm(gs, k[:, :end], out=gq[:, start:end])
+        gk[:, :end].baddbmm_(gs.transpose(1, 2), q[:, start:end])
+        gv[:, :end].baddbmm_(p.transpose(1, 2), g[:, start:end])
+    return gq.view(shapes[0]), gk.view(shapes[1]), gv.view(shapes[2])
+
+
+@_backward.register_fake
+def _(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class BlockedAttention(torch.autograd.Function):
+    """The blocked core; the softmax and both of its neighbours in one backward."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        out, kept = _forward(q, k, v, documents)
+        ctx.save_for_backward(q, k, v, documents, kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+        q, k, v, documents, kept = ctx.saved_tensors
+        return *_backward(g.contiguous(), q, k, v, documents, kept), None
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    """The core on a CPU, where fused kernels refuse values narrower than keys."""
+    return BlockedAttention.apply(q, k, v, documents)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    """The core on a GPU: torch's scaled_dot_product_attention picks the kernel."""
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=same.tril(), scale=1.0)
+
+
+CORES: dict[str, Core] = {"cpu": blocked_attention}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    """The default core: one row per device type, torch's fused attention where there is none."""
+    return CORES.get(q.device.type, fused_attention)(q, k, v, documents)

@@ -1,0 +1,65 @@
+"""Linear without bias, as our own autograd Function, so that a weight gradient can be put off.
+
+    forward          y  = x W^T
+    input gradient   gx = gy W
+    weight gradient  gW = gy^T x        fused with the backward, or collected in ``deferred`` to run later
+
+Pipeline schedules that split the backward (Zero Bubble, arXiv 2401.10241) fill their bubbles with the third product.
+Shapes: x [..., I], W [O, I] or [parts, O/parts, I] (fused weights keep their parts apart), y [..., O].
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightGradient(NamedTuple):
+    """A weight gradient not computed yet: whoever runs ``compute`` adds what it returns to ``weight``'s gradient."""
+
+    weight: Tensor
+    compute: Callable[[], Tensor]
+
+
+Deferred = list[WeightGradient] | None
+
+
+class LinearFunction(torch.autograd.Function):
+    """y = x W^T. With a list in ``deferred``, the backward appends the weight gradient to it instead of returning it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, deferred: Deferred) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.deferred = deferred
+        return x @ weight.flatten(0, -2).t()
+
+    @staticmethod
+    def backward(ctx, gy: Tensor):  # type: ignore[no-untyped-def, override]
+        x, weight = ctx.saved_tensors
+        gx = gy @ weight.flatten(0, -2) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return gx, None, None
+
+        def compute() -> Tensor:
+            return (gy.flatten(0, -2).t() @ x.flatten(0, -2)).view(weight.shape)
+
+        if ctx.deferred is None:
+            return gx, compute(), None
+        ctx.deferred.append(WeightGradient(weight, compute))
+        return gx, None, None
+
+
+class Linear(nn.Module):
+    """A weight [outputs, inputs], or [parts, outputs, inputs] for a fused one whose parts a split must respect."""
+
+    def __init__(self, inputs: int, *outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*outputs, inputs))
+
+    def forward(self, x: Tensor, deferred: Deferred = None) -> Tensor:
+        """[..., inputs] -> [..., product of outputs]."""
+        return LinearFunction.apply(x, self.weight, deferred)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"

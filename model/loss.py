@@ -1,0 +1,59 @@
+"""Cross entropy through the output head without ever holding the full logits.
+
+    loss = sum over counted t of  logsumexp_v(h_t W^T) - (h_t W^T)[label_t]
+
+Tokens go in chunks of at most ``CHUNK`` logits. The backward computes a chunk's logits again, turns them into
+softmax - onehot in place and multiplies that both ways, so that peak memory is one chunk's logits.
+Shapes: hidden [T, H], weight [V, H], labels and counted [T]. Logits and sums are at least float32.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**25  # logits held at once: 128 MiB in float32
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
+    size = max(1, CHUNK // vocab)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """Sum over counted tokens, and its gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        wide = _wide(hidden.dtype)
+        normaliser = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for start, end in _chunks(len(hidden), len(weight)):
+            logits = (hidden[start:end] @ weight.t()).to(wide)
+            normaliser[start:end] = logits.logsumexp(-1)
+            losses = normaliser[start:end] - logits.gather(-1, labels[start:end, None])[:, 0]
+            total += (losses * counted[start:end]).sum()
+        ctx.save_for_backward(hidden, weight, labels, counted, normaliser)
+        return total
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+        hidden, weight, labels, counted, normaliser = ctx.saved_tensors
+        g_hidden = torch.empty_like(hidden)
+        g_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
+        scale = (counted * g)[:, None]
+        for start, end in _chunks(len(hidden), len(weight)):
+            logits = (hidden[start:end] @ weight.t()).to(normaliser.dtype)
+            p = (logits - normaliser[start:end, None]).exp()
+            p = p.scatter_add(-1, labels[start:end, None], -torch.ones_like(p[:, :1]))
+            p = (p * scale[start:end]).to(hidden.dtype)
+            g_hidden[start:end] = p @ weight
+            g_weight += p.t() @ hidden[start:end]
+        return g_hidden, g_weight.to(weight.dtype), None, None
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """hidden [T, H], weight [V, H], labels [T] int64, counted [T] bool -> scalar sum in nats."""
+    return CrossEntropyFunction.apply(hidden, weight, labels, counted)
