@@ -19,9 +19,8 @@ from torch import Tensor
 class Batch(NamedTuple):
     """One micro-batch.
 
-    ``counted`` is about a token as a label: False for padding, for a sequence's first token (nothing before it
-    predicts it) and, where documents are masked, for a document's first token.
-    """
+    ``counted`` is about a token as a label: False for padding, for a sequence's first token (nothing before
+    it predicts it) and, where documents are masked, for a document's first token."""
 
     ids: Tensor  # [B, S + 1 + D] int64
     counted: Tensor  # [B, S + 1 + D] bool: predicting ids[b, i] counts in the loss
