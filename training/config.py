@@ -82,9 +82,7 @@ class RateConfig:
         if not 0 <= self.final <= 1:
             raise ValueError(f"{key}.final={self.final} must lie in 0..1: it is a share of optimizer.lr")
         if self.shape is RateShape.wsd and (self.stable is None or not 0 <= self.stable < 1):
-            raise ValueError(
-                f"{key}.stable={self.stable} must be at least 0 and below 1 with {key}.shape=wsd"
-            )
+            raise ValueError(f"{key}.stable={self.stable} must be below 1, at least 0, with {key}.shape=wsd")
         if self.shape is not RateShape.wsd and self.stable is not None:
             raise ValueError(f"{key}.stable={self.stable} must be null with {key}.shape={self.shape}")
 

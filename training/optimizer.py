@@ -1,15 +1,15 @@
 """AdamW over flat buffers: one master, one gradient and two moments, each a single tensor.
 
-Every parameter owns a slice of each buffer, at the same offset. Those that decay come first, so weight decay is
-one number for each of two contiguous ranges:
+Every parameter owns a slice of each buffer, at the same offset. Those that decay come first, so weight
+decay is one number for each of two contiguous ranges:
 
     masters   | decayed parameters ............ | undecayed ... |     float32, or wider where a parameter is
     gradients | ............................... | ............. |     the same dtype
     m, v      | ............................... | ............. |     the same dtype, or bfloat16
 
-A parameter of the masters' dtype *is* its slice; any other is a slice of one more buffer, in its own dtype, which
-every step casts the masters into. With b1, b2 = beta1, beta2, t the count of updates, and g scaled so that the norm
-of all gradients is at most ``clip`` (arXiv 1711.05101):
+A parameter of the masters' dtype *is* its slice; any other is a slice of one more buffer, in its own dtype,
+which every step casts the masters into. With b1, b2 = beta1, beta2, t the count of updates, and g scaled so
+that the norm of all gradients is at most ``clip`` (arXiv 1711.05101):
 
     m = b1 m + (1 - b1) g
     v = b2 v + (1 - b2) g^2
@@ -17,10 +17,10 @@ of all gradients is at most ``clip`` (arXiv 1711.05101):
 
 A parameter without a gradient in a step counts as one whose gradient is zero.
 
-bfloat16 moments follow DeepSeek-V3, section 3.3.3, which saw no loss in them. Rounding to nearest, with 8 significant
-bits, holds v still once (1 - beta2) |g^2 / v - 1| is below about 2^-8: at beta2 = 0.95, v stays within 8% of its true
-value and the update within 4%. With a beta above 1 - 2^-7 a moment could not even decay towards zero, so the
-configuration refuses that.
+bfloat16 moments follow DeepSeek-V3, section 3.3.3, which saw no loss in them. Rounding to nearest, with 8
+significant bits, holds v still once (1 - beta2) |g^2 / v - 1| is below about 2^-8: at beta2 = 0.95, v stays
+within 8% of its true value and the update within 4%. With a beta above 1 - 2^-7 a moment could not even
+decay towards zero, so the configuration refuses that.
 """
 
 import math
@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from training.config import MomentDtype, OptimizerConfig
 
 ALIGNMENT = 64  # elements: every slice starts on a boundary that vector and tensor-core loads like
-CHUNK = 1 << 19  # elements an update reads at once: the four buffers' chunks stay in a processor's last cache
+CHUNK = 1 << 19  # elements a CPU updates at once: a chunk of the four buffers stays in the last cache
+DEVICE_CHUNK = 1 << 25  # elements an accelerator updates at once: fewer launches
 NORM_CHUNK = 1 << 16  # elements summed in the buffers' dtype; the partial sums are added in float64
 
 
@@ -50,7 +51,7 @@ class AdamW:
     """AdamW with master weights. A step is ``begin``, any number of backwards, ``step``."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
-        """Takes the named parameters over: their storage moves into the buffers, their ``.grad`` stays ``None``.
+        """Takes the named parameters over: their storage moves into the buffers and ``.grad`` stays ``None``.
 
         Raises ValueError for a pattern of ``optimizer.no_decay`` that matches no parameter.
         """
@@ -68,9 +69,9 @@ class AdamW:
             boundary = boundary if name in undecayed else end
         self._allocate(math.ceil(end / NORM_CHUNK) * NORM_CHUNK)
         self._chunks = [
-            (slice(first, min(first + CHUNK, stop)), decay)
+            (slice(first, min(first + self._chunk, stop)), decay)
             for start, stop, decay in ((0, boundary, config.weight_decay), (boundary, end, 0.0))
-            for first in range(start, stop, CHUNK)
+            for first in range(start, stop, self._chunk)
         ]
         self._touched: set[nn.Parameter] = set()
         for parameter in self._spans:
@@ -95,7 +96,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
-        """Updates every parameter, unless the gradient is not finite or the caller found the loss not to be."""
+        """Updates every parameter, unless the gradient or, says the caller, the loss is not finite."""
         for parameter in self._spans.keys() - self._touched:
             self._slice(self._grads, parameter).zero_()
         partial = torch.linalg.vector_norm(self._grads.view(-1, NORM_CHUNK), dim=1)
@@ -141,12 +142,13 @@ class AdamW:
         narrow = dtypes - {master}
         assert len(narrow) <= 1, f"parameters in more than one dtype below {master}: {narrow}"
         device = next(iter(self._spans)).device
+        self._chunk = CHUNK if device.type == "cpu" else DEVICE_CHUNK
         moment = torch.bfloat16 if self.config.moments is MomentDtype.bf16 else master
         self._masters = torch.zeros(size, dtype=master, device=device)
         self._grads = torch.zeros_like(self._masters)
         self._m, self._v = (torch.zeros(size, dtype=moment, device=device) for _ in range(2))
         # Two chunks in which narrow moments are widened; none where they are as wide as the masters.
-        widths = () if moment == master else (CHUNK, CHUNK)
+        widths = () if moment == master else (self._chunk, self._chunk)
         self._scratch = [torch.empty(width, dtype=master, device=device) for width in widths]
         # Has room for every parameter, also for those that are masters themselves: one copy casts a chunk.
         self._weights = torch.zeros(size, dtype=narrow.pop(), device=device) if narrow else None

@@ -10,9 +10,9 @@ The batch grows with the tokens seen, in jumps of ``run.ramp.jump`` sequences, f
           +-----------+---------------->  tokens seen
                  ramp.tokens
 
-Step k trains on the sequences before(k) .. before(k + 1) of the endless shuffled order: the data cursor is the
-prefix sum of the batches, whatever number of processes shares them. (DeepSeek-V3, section 4.2, goes from 3072 to
-15360 sequences over 469 B tokens.)
+Step k trains on the sequences before(k) .. before(k + 1) of the endless shuffled order: the data cursor is
+the prefix sum of the batches, whatever number of processes shares them. (DeepSeek-V3, section 4.2, goes
+from 3072 to 15360 sequences over 469 B tokens.)
 """
 
 from bisect import bisect_right
@@ -62,8 +62,9 @@ def schedule_batches(run: RunSection, sequence_length: int) -> BatchSchedule:
     levels = [Level(0, 0, start)]
     for batch in range(start + jump, full + 1, jump):
         step, before, size = levels[-1]
-        # The line from start to full passes `batch` after tokens * (batch - start) / (full - start) tokens; the
-        # first step to begin there or later has it. In whole numbers, so that no rounding moves a boundary.
+        # The line from start to full passes `batch` after tokens * (batch - start) / (full - start) tokens;
+        # the first step to begin there or later has it. In whole numbers, so that no rounding moves a
+        # boundary.
         scale = sequence_length * (full - start)
         steps = max(0, -(-(run.ramp.tokens * (batch - start) - before * scale) // (size * scale)))
         levels.append(Level(step + steps, before + steps * size, batch))

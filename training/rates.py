@@ -1,11 +1,11 @@
 """The learning rate of a step, as a pure function of the configuration and the batch schedule.
 
-Every shape opens with a linear warm-up: step k of its ``warmup_steps`` has lr * (k + 1) / warmup_steps. Phases are
-shares of the run's sequences, so that a batch-size ramp moves none of them.
+Every shape opens with a linear warm-up: step k of its ``warmup_steps`` has lr * (k + 1) / warmup_steps.
+Phases are shares of the run's sequences, so that a batch-size ramp moves none of them.
 
     constant   lr
     cosine     from lr after the warm-up to final * lr at the end, half a cosine
-    wsd        lr for the share ``stable``, then to final * lr by 1 - sqrt (arXiv 2404.06395; decay: 2405.18392)
+    wsd        lr for the share ``stable`` (arXiv 2404.06395), then to final * lr by 1 - sqrt (2405.18392)
     deepseek   lr | half a cosine to final * lr | final * lr | the last 1%     (DeepSeek-V3, section 4.2)
                10 T     4.3 T                     333 B        167 B             tokens
                2.2e-4   to 2.2e-5                 2.2e-5       7.3e-6            published rates
