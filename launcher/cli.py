@@ -1,11 +1,24 @@
 """The command ``shoestring``: a table of verbs, each a module that is imported only when its verb is called.
 
-A verb's module declares ``SUMMARY`` (a line for ``--help``), ``run(config, invocation) -> int`` and, where its input is not
-a run's configuration, ``Config``, a dataclass of its own.
+    shoestring VERB [ARGUMENT ...] [KEY=VALUE ...] [--multirun] [--cfg job] [--config-dir DIR] [--help]
+
+A verb's module declares
+
+    SUMMARY                             one line for --help
+    run(config, invocation) -> int      does the work and returns the exit code
+    ARGUMENTS                           names of its words without "=", if it takes any
+    Config                              a dataclass of its own, if its input is not a run's configuration
+
+Exit codes: 0, 1 when our own code fails (with its traceback), 2 for a mistake of the user's (one or two lines), 130 for Ctrl-C.
 """
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 VERBS = {
     "train": "launcher.train",
@@ -13,28 +26,132 @@ VERBS = {
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
     "export": "launcher.export",
+    "completion": "launcher.completion",
 }
+ROOMS = ("launcher", "training", "parallel", "model", "configs")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line ``argv`` (default: the process's own) and returns its exit code: 0, 1 or, for mistakes, 2."""
-    words = sys.argv[1:] if argv is None else argv
+@dataclass(slots=True)
+class Words:
+    """The words behind the verb, sorted."""
+
+    arguments: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    multirun: bool = False
+    cfg: bool = False
+    help: bool = False
+    folder: Path | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: the process's own) and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        return _run(words)
     except ValueError as error:
+        if not _is_mistake(error):
+            raise
         print(f"shoestring: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("shoestring: interrupted", file=sys.stderr)
+        return 130
 
 
-def _dispatch(words: list[str]) -> int:
-    from launcher import compose
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        from launcher.help import overview
 
-    if not words or words[0] not in VERBS:
-        raise ValueError(f"verb must be one of {', '.join(VERBS)}")
-    verb, *rest = words
+        print(overview(VERBS))
+        return 0
+    if words[0] == "--version":
+        print(f"shoestring {version('shoestring')}")
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        from launcher.keys import nearest
+
+        raise ValueError(f"{verb} is not a verb; the verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}")
     module = import_module(VERBS[verb])
-    overrides = tuple(word for word in rest if "=" in word)
-    arguments = tuple(word for word in rest if "=" not in word)
-    schema = getattr(module, "Config", None)
-    config, yaml = compose.compose(overrides) if schema is None else compose.compose_plain(schema, overrides)
-    return int(module.run(config, compose.Invocation(verb, arguments, overrides, yaml)))
+    sorted_words = sort(verb, words[1:])
+    if sorted_words.help:
+        from launcher.help import describe
+
+        print(describe(verb, module))
+        return 0
+    return _dispatch(verb, module, sorted_words)
+
+
+def sort(verb: str, words: list[str]) -> Words:
+    """Sorts the words behind ``verb`` into arguments, overrides and flags. ``ValueError`` for a flag that is none."""
+    result = Words()
+    rest = iter(words)
+    for word in rest:
+        flag, sign, value = word.partition("=")
+        if flag in ("--cfg", "-c", "--config-dir"):
+            value = value if sign else next(rest, "")
+            if flag == "--config-dir":
+                result.folder = Path(value)
+            elif value == "job":
+                result.cfg = True
+            else:
+                raise ValueError(f"{flag}={value} must be job: it prints the composed configuration and stops")
+        elif word in ("--multirun", "-m"):
+            result.multirun = True
+        elif word in ("--help", "-h"):
+            result.help = True
+        elif word.startswith("-"):
+            flags = ("--multirun", "--cfg", "--config-dir", "--help")
+            from launcher.keys import nearest
+
+            raise ValueError(f"{word} is not a flag of {verb}; the flags are {', '.join(flags)}{nearest(word, flags)}")
+        else:
+            (result.overrides if sign or word.startswith("~") else result.arguments).append(word)
+    return result
+
+
+def _dispatch(verb: str, module: Any, words: Words) -> int:
+    """Composes every job's configuration before the first one starts, then runs them one after the other."""
+    from launcher.compose import Composer, Invocation, compose_plain
+
+    _check_arguments(verb, module, words)
+    arguments, overrides = tuple(words.arguments), tuple(words.overrides)
+    if hasattr(module, "Config"):
+        if words.multirun:
+            raise ValueError(f"--multirun: {verb} takes no sweeps")
+        jobs = [(overrides, *compose_plain(module.Config, overrides))]
+    else:
+        composer = Composer(words.folder)
+        swept = composer.sweep(overrides) if words.multirun else [overrides]
+        jobs = [(job, *composer.compose(job)) for job in swept]
+    for number, (job, config, yaml) in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            print(f"# job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+        if words.cfg:
+            print(yaml, end="---\n" if number < len(jobs) else "")
+            continue
+        code = int(module.run(config, Invocation(verb, arguments, job, yaml)))
+        if code:
+            return code
+    return 0
+
+
+def _check_arguments(verb: str, module: Any, words: Words) -> None:
+    names = getattr(module, "ARGUMENTS", ())
+    if len(words.arguments) > len(names):
+        extra = words.arguments[len(names)]
+        raise ValueError(f"{extra} must be written as key=value, for example run={extra}; see shoestring {verb} --help")
+    if len(words.arguments) < len(names):
+        raise ValueError(f"{verb} needs {' '.join(f'<{name}>' for name in names)}; see shoestring {verb} --help")
+
+
+def _is_mistake(error: ValueError) -> bool:
+    """Whether ``error`` was raised by our own rooms, which speak to the user in it; a library's is a fault of ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"].partition(".")[0] in ROOMS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

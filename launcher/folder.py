@@ -1,10 +1,10 @@
 """A run's folder, keyed by the run's id.
 
-    runs/<id>/config.yaml     the configuration, resolved
-             command.txt      the command line, quoted for a shell
-             versions.json    python, torch, packages, git revision, platform
-             metrics.jsonl    the record (training writes it)
-             weights/         the final save (training writes it)
+runs/<id>/config.yaml     the configuration, resolved
+         command.txt      the command line, quoted for a shell
+         versions.json    python, torch, packages, git revision, platform
+         metrics.jsonl    the record (training writes it)
+         weights/         the final save (training writes it)
 """
 
 import json
@@ -20,7 +20,17 @@ from pathlib import Path
 from configs.schema import RunConfig
 from launcher import compose
 
-PACKAGES = ("shoestring", "torch", "triton", "deepspeed", "numpy", "safetensors", "tokenizers", "hydra-core", "omegaconf")
+PACKAGES = (
+    "shoestring",
+    "torch",
+    "triton",
+    "deepspeed",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "hydra-core",
+    "omegaconf",
+)
 
 
 @dataclass(frozen=True, slots=True)
