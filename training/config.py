@@ -175,18 +175,14 @@ class RunSection:
         if self.threads is not None and self.threads <= 0:
             raise ValueError(f"run.threads={self.threads} must be positive, or null for all cores")
         if self.global_batch % self.micro_batch:
-            raise ValueError(
-                f"run.micro_batch={self.micro_batch} must divide run.global_batch={self.global_batch}"
-            )
+            raise ValueError(f"run.micro_batch={self.micro_batch} must divide run.global_batch={self.global_batch}")
         if self.ramp.start is not None:
             self._check_ramp(self.ramp.start, self.ramp.jump or self.ramp.start)
 
     def _check_ramp(self, start: int, jump: int) -> None:
         for key, value in (("start", start), ("jump", jump)):
             if value % self.micro_batch:
-                raise ValueError(
-                    f"run.ramp.{key}={value} must be a multiple of run.micro_batch={self.micro_batch}"
-                )
+                raise ValueError(f"run.ramp.{key}={value} must be a multiple of run.micro_batch={self.micro_batch}")
         if start > self.global_batch or (self.global_batch - start) % jump:
             raise ValueError(
                 f"run.global_batch={self.global_batch} must be run.ramp.start={start} plus a multiple of "

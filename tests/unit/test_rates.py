@@ -60,9 +60,7 @@ def test_deepseek_phases_and_rates() -> None:
 
 
 def test_a_batch_ramp_moves_steps_and_not_tokens() -> None:
-    run = RunSection(
-        name="test", steps=400, global_batch=8, micro_batch=1, ramp=RampConfig(start=2, tokens=300)
-    )
+    run = RunSection(name="test", steps=400, global_batch=8, micro_batch=1, ramp=RampConfig(start=2, tokens=300))
     batches = schedule_batches(run, sequence_length=1)
     found = rates(400, shape=RateShape.wsd, stable=0.5, batches=batches)
     last = max(step for step in range(400) if found[step] == 1.0)
