@@ -125,9 +125,7 @@ class MergeSegment(nn.Module):
 class Block(nn.Module):
     """Attention and a feed-forward part, dense or routed. ``core`` and ``exchange`` are the seams for parallelism."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, core: Core = attend, exchange: Exchange | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, core: Core = attend, exchange: Exchange | None = None) -> None:
         super().__init__()
         self.attention = AttentionSegment(config, layer, core)
         self.exchange: Exchange | None = None

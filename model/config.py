@@ -99,9 +99,7 @@ class MoEConfig:
         if self.experts % self.groups:
             raise ValueError(f"model.moe.groups={self.groups} must divide model.moe.experts={self.experts}")
         if self.top_groups > self.groups:
-            raise ValueError(
-                f"model.moe.top_groups={self.top_groups} must not exceed model.moe.groups={self.groups}"
-            )
+            raise ValueError(f"model.moe.top_groups={self.top_groups} must not exceed model.moe.groups={self.groups}")
         reachable = self.experts // self.groups * self.top_groups
         if self.top_k > reachable:
             raise ValueError(

@@ -111,7 +111,7 @@ class BlockedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         q, k, v, documents, kept = ctx.saved_tensors
         return *_backward(g.contiguous(), q, k, v, documents, kept), None
 

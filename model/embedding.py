@@ -18,7 +18,7 @@ class EmbeddingFunction(torch.autograd.Function):
         return weight.index_select(0, ids.flatten()).view(*ids.shape, -1)
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         wide = torch.promote_types(ctx.dtype, torch.float32)
         total = torch.zeros(ctx.shape, dtype=wide, device=g.device)

@@ -40,9 +40,7 @@ def lay_out(experts: Tensor, count: int, pad: int) -> Layout:
     """The padded layout of choices [T, K] among ``count`` experts. Within an expert, rows keep the order of tokens."""
     tokens, k = experts.shape
     flat = experts.flatten()
-    sizes = torch.zeros(count, dtype=torch.int64, device=flat.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
+    sizes = torch.zeros(count, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
     padded = (sizes + pad - 1) // pad * pad
     ends = padded.cumsum(0)
     order = flat.argsort(stable=True)
@@ -76,7 +74,7 @@ class Permute(torch.autograd.Function):
         return tokens.index_select(0, source)
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         (slots,) = ctx.saved_tensors
         return g.index_select(0, slots.flatten()).view(*slots.shape, -1).sum(1), None, None
 
@@ -91,7 +89,7 @@ class Unpermute(torch.autograd.Function):
         return (chosen * gates[..., None]).sum(1).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         rows, gates, source, slots = ctx.saved_tensors
         # A padding slot's gate is zero, so nothing flows back through it.
         gate = gates.new_zeros(len(source)).scatter(0, slots.flatten(), gates.flatten())

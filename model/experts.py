@@ -23,7 +23,7 @@ class SwiGLUFunction(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         return torch.cat((torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)), dim=-1)

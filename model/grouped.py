@@ -104,7 +104,7 @@ class GroupedFunction(torch.autograd.Function):
         return grouped_rows(x, weight.flatten(1, -2).transpose(1, 2), ends)
 
     @staticmethod
-    def backward(ctx, gy: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, ends = ctx.saved_tensors
         gy = gy.contiguous()
         gx = grouped_rows(gy, weight.flatten(1, -2), ends) if ctx.needs_input_grad[0] else None

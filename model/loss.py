@@ -39,7 +39,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         hidden, weight, labels, counted, normaliser = ctx.saved_tensors
         g_hidden = torch.empty_like(hidden)
         g_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype))

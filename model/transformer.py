@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.attention import Cache, Context
 from model.batch import Batch, Denominators, Losses, slice_labels
-from model.block import Block
+from model.block import Block, BlockOutput
 from model.config import ModelConfig
 from model.core import Core, attend
 from model.embedding import Embedding
@@ -36,9 +36,10 @@ class MTPModule(nn.Module):
         self.block = Block(config, layer, core, exchange)
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
 
-    def join(self, x: Tensor, embedded: Tensor, deferred: Deferred) -> Tensor:
-        """State [B, S, H] and embedding of the token ahead [B, S, H] -> the block's input [B, S, H]."""
-        return self.project(torch.cat((self.hidden_norm(x), self.embedding_norm(embedded)), dim=-1), deferred)
+    def forward(self, x: Tensor, embedded: Tensor, context: Context) -> BlockOutput:
+        """State [B, S, H] and embedding of the token ahead [B, S, H] -> the next state, before its norm."""
+        joined = torch.cat((self.hidden_norm(x), self.embedding_norm(embedded)), dim=-1)
+        return self.block(self.project(joined, context.deferred), context)
 
 
 class Transformer(nn.Module):
@@ -64,8 +65,7 @@ class Transformer(nn.Module):
         x, routings = self._trunk(batch.ids[:, :length], context)
         sums = [self._cross_entropy(self.norm(x), batch, 0)]
         for d, module in enumerate(self.mtp, start=1):
-            x = module.join(x, self.embedding(batch.ids[:, d : d + length]), deferred)
-            x, routing = module.block(x, context)
+            x, routing = module(x, self.embedding(batch.ids[:, d : d + length]), context)
             routings.append(routing)
             sums.append(self._cross_entropy(module.norm(x), batch, d))
         return self._losses(sums, [r for r in routings if r is not None], denominators)

@@ -1,0 +1,23 @@
+"""torch.compile, one compute segment at a time.
+
+Segments of one kind share their code, so a model of any depth compiles a handful of graphs: attention with and without a
+router, experts, merge, the dense feed-forward part. Communication stays outside; so do runs that put weight gradients off
+(``deferred``) and generation (its cache grows every token), which execute the same segments eagerly.
+"""
+
+import torch
+
+from model.block import Block, Lane
+from model.transformer import Transformer
+
+GRAPHS = 64  # a segment is compiled anew for each shape and for evaluation; torch gives up after 8 by default
+
+
+def compile_segments(model: Transformer) -> None:
+    """Compile every compute segment of ``model`` in place; the first call of each kind pays for it."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        for segment in block.segments():
+            if segment.lane is Lane.compute:
+                assert isinstance(segment.module, torch.nn.Module)
+                segment.module.compile(dynamic=False, fullgraph=True)
