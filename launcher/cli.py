@@ -7,9 +7,9 @@ A verb's module declares
     SUMMARY                             one line for --help
     run(config, invocation) -> int      does the work and returns the exit code
     ARGUMENTS                           names of its words without "=", if it takes any
-    Config                              a dataclass of its own, if its input is not a run's configuration
+    Config                              a dataclass of its own, or None, if its input is not a run's configuration
 
-Exit codes: 0, 1 when our own code fails (with its traceback), 2 for a mistake of the user's (one or two lines), 130 for Ctrl-C.
+Exit codes: 0; 1 when our own code fails, with its traceback; 2 for a user's mistake, in one or two lines; 130 for Ctrl-C.
 """
 
 import sys
@@ -20,6 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from configs.schema import RunConfig
+from launcher.invocation import Invocation
+from launcher.keys import nearest
+
 VERBS = {
     "train": "launcher.train",
     "params": "launcher.params",
@@ -28,6 +32,7 @@ VERBS = {
     "export": "launcher.export",
     "completion": "launcher.completion",
 }
+FLAGS = ("--multirun", "--cfg", "--config-dir", "--help")
 ROOMS = ("launcher", "training", "parallel", "model", "configs")
 
 
@@ -69,8 +74,6 @@ def _run(words: list[str]) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        from launcher.keys import nearest
-
         raise ValueError(f"{verb} is not a verb; the verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}")
     module = import_module(VERBS[verb])
     sorted_words = sort(verb, words[1:])
@@ -101,39 +104,51 @@ def sort(verb: str, words: list[str]) -> Words:
         elif word in ("--help", "-h"):
             result.help = True
         elif word.startswith("-"):
-            flags = ("--multirun", "--cfg", "--config-dir", "--help")
-            from launcher.keys import nearest
-
-            raise ValueError(f"{word} is not a flag of {verb}; the flags are {', '.join(flags)}{nearest(word, flags)}")
+            raise ValueError(f"{word} is not a flag of {verb}; the flags are {', '.join(FLAGS)}{nearest(word, FLAGS)}")
         else:
             (result.overrides if sign or word.startswith("~") else result.arguments).append(word)
     return result
 
 
 def _dispatch(verb: str, module: Any, words: Words) -> int:
-    """Composes every job's configuration before the first one starts, then runs them one after the other."""
-    from launcher.compose import Composer, Invocation, compose_plain
-
+    """Runs every job of the command line, one after the other, until one fails."""
     _check_arguments(verb, module, words)
-    arguments, overrides = tuple(words.arguments), tuple(words.overrides)
-    if hasattr(module, "Config"):
-        if words.multirun:
-            raise ValueError(f"--multirun: {verb} takes no sweeps")
-        jobs = [(overrides, *compose_plain(module.Config, overrides))]
-    else:
-        composer = Composer(words.folder)
-        swept = composer.sweep(overrides) if words.multirun else [overrides]
-        jobs = [(job, *composer.compose(job)) for job in swept]
-    for number, (job, config, yaml) in enumerate(jobs, start=1):
+    jobs = _compose(verb, module, words)
+    for number, (overrides, config, yaml) in enumerate(jobs, start=1):
         if len(jobs) > 1:
-            print(f"# job {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+            print(f"# job {number} of {len(jobs)}: {' '.join(overrides)}", flush=True)
         if words.cfg:
-            print(yaml, end="---\n" if number < len(jobs) else "")
+            print(yaml, end="" if number == len(jobs) else "---\n")
             continue
-        code = int(module.run(config, Invocation(verb, arguments, job, yaml)))
+        code = int(module.run(config, Invocation(verb, tuple(words.arguments), overrides, yaml)))
         if code:
             return code
     return 0
+
+
+def _compose(verb: str, module: Any, words: Words) -> list[tuple[tuple[str, ...], Any, str]]:
+    """Overrides, configuration and YAML of every job: a mistake in the last is found before the first starts."""
+    overrides = tuple(words.overrides)
+    own = getattr(module, "Config", RunConfig)
+    if own is not RunConfig and words.multirun:
+        raise ValueError(f"--multirun: {verb} takes no sweeps")
+    if own is None:
+        if overrides:
+            raise ValueError(f"{overrides[0]}: {verb} takes no keys; see shoestring {verb} --help")
+        return [((), None, "")]
+    from launcher import compose  # Hydra takes a fifth of a second to load
+
+    if own is not RunConfig:
+        return [(overrides, *compose.compose_plain(own, overrides))]
+    composer = compose.Composer(words.folder)
+    jobs = composer.sweep(overrides) if words.multirun else [overrides]
+    composed = [(job, *composer.compose(job)) for job in jobs]
+    taken = [config.run.id for _, config, _ in composed if config.run.id is not None]
+    if len(set(taken)) < len(taken):
+        raise ValueError(
+            f"run.id={taken[0]} names one run, --multirun starts {len(jobs)}: leave it out, or sweep it too"
+        )
+    return composed
 
 
 def _check_arguments(verb: str, module: Any, words: Words) -> None:

@@ -3,13 +3,14 @@
     words -> overrides, each checked against the schema -> one composed tree -> RunConfig (a plain dataclass)
 
 Hydra's public compose API is used, never its decorator: no folder is made, no directory changed, no logging set up.
-Every mistake leaves this file as a ``ValueError`` of one or two lines that names the dotted key, the value and the rule.
+Every mistake leaves this file as a ``ValueError`` of a line or two that names the dotted key, the value and the rule.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import RunConfig
 from launcher import keys
 from launcher.explain import explain_word, explained
-
-
-@dataclass(frozen=True, slots=True)
-class Invocation:
-    """What was asked for: the words of the command line, sorted, and the composed configuration they led to."""
-
-    verb: str
-    arguments: tuple[str, ...]  # words without "="
-    overrides: tuple[str, ...]  # key=value
-    yaml: str  # the composed configuration, resolved
+from launcher.invocation import Invocation as Invocation
 
 
 class Composer:
@@ -69,7 +61,7 @@ class Composer:
             return build(tree), OmegaConf.to_yaml(tree, resolve=True)
 
     def sweep(self, overrides: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """The overrides of every job that ``--multirun`` stands for: the product of all sweeps, the last varying fastest."""
+        """The overrides of every job that ``--multirun`` stands for, the last sweep varying fastest."""
         with self._hydra():
             choices = [
                 [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
@@ -152,7 +144,7 @@ def build(tree: Any) -> Any:
         raise ValueError(
             f"{', '.join(missing)} must have a value: write {missing[0]}=..., or choose a preset with run=..."
         )
-    return _tuples(OmegaConf.to_object(tree))
+    return _finish(OmegaConf.to_object(tree), "")
 
 
 def check_type(table: dict[str, keys.Key], key: str, value: Any, raw: str) -> None:
@@ -170,10 +162,13 @@ def _parse_one(parser: OverridesParser, word: str) -> Override:
         raise ValueError(explain_word(word, error)) from error
 
 
-def _tuples(node: Any) -> Any:
-    """``node`` with every list turned into the tuple its field asks for: OmegaConf only makes lists."""
+def _finish(node: Any, key: str) -> Any:
+    """``node`` with its lists turned into the tuples their fields ask for; ``ValueError`` for infinities and NaN."""
     if isinstance(node, list):
         return tuple(node)
+    if isinstance(node, float) and not isfinite(node):
+        raise ValueError(f"{key}={node} must be a finite number")
     if is_dataclass(node) and not isinstance(node, type):
-        return replace(node, **{field.name: _tuples(getattr(node, field.name)) for field in fields(node)})
+        names = {field.name: f"{key}.{field.name}".lstrip(".") for field in fields(node)}
+        return replace(node, **{name: _finish(getattr(node, name), names[name]) for name in names})
     return node

@@ -1,7 +1,7 @@
 """What Hydra, OmegaConf and YAML complain about, said in one or two lines with the dotted key, the value and the rule.
 
-    Value 'many' of type 'str' could not be converted to Integer      run.steps=many must be an integer (in run/mine.yaml)
-        full_key: run.steps                                      ->
+    Value 'many' of type 'str' could not be converted to Integer
+        full_key: run.steps                                    ->   run.steps=many must be an integer (in run/mine.yaml)
         reference_type=RunSection
 
 Mistakes on the command line are found before Hydra sees them (launcher/compose.py); what arrives here comes mostly from
@@ -30,7 +30,7 @@ _FILE = re.compile(r"^In '(.+?)'")
 
 @contextmanager
 def explained(table: Mapping[str, Key], groups: Mapping[str, tuple[str, ...]] | None = None) -> Iterator[None]:
-    """Turns the libraries' exceptions into a ``ValueError`` in our words; ``table`` knows the keys, ``groups`` the presets."""
+    """Turns the libraries' exceptions into a ``ValueError`` in our words, given the known keys and presets."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -64,7 +64,7 @@ def explain_word(word: str, error: OverrideParseException) -> str:
     if not re.fullmatch(r"[+~]{0,2}[\w@/:.-]+", key) or ".." in key:
         return f"{word}: {key or 'nothing'} is not a key; keys look like run.steps"
     return (
-        f"{key}={value} cannot be read: close every bracket and quote, and put a value that has spaces, brackets or commas "
+        f"{key}={value} cannot be read: close every bracket and quote, and put a value with spaces, brackets or commas "
         f"""in quotes of its own, as in '{key}="..."'"""
     )
 
@@ -84,7 +84,8 @@ def _explain_key(error: OmegaConfBaseException, table: Mapping[str, Key]) -> str
     value = "null" if "is not Optional" in message else next(filter(None, found.groups()), "''") if found else "..."
     if key in table:
         return f"{key}={value} {table[key].rule}{table[key].hint(value)}"
-    return f"{key}={value} must be a section with keys of its own, for example {next(k for k in table if k.startswith(key))}"
+    inside = next((name for name in table if name.startswith(f"{key}.")), "run.steps")
+    return f"{key}={value} must be a section with keys of its own, for example {inside}"
 
 
 def _explain_merge(message: str, file: str) -> str:

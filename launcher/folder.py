@@ -114,6 +114,7 @@ def _git(*words: str) -> str | None:
     """What git says about the sources, or None where they are not a checkout or git is missing."""
     command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603: fixed words, no shell
+        return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

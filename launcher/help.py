@@ -1,0 +1,79 @@
+"""The texts of ``--help``, made from the same tables that parsing and completion use.
+
+shoestring --help           the verbs, the presets, the flags, a few commands to start from
+shoestring VERB --help      what the verb does, its keys with type, default and meaning
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING
+from importlib import import_module
+from typing import Any
+
+from configs.schema import RunConfig
+from launcher import keys
+
+FLAGS = {
+    "--multirun, -m": "run every combination of the values given: optimizer.lr=1e-3,3e-3 run.seed=range(0,3)",
+    "--cfg job": "print the composed configuration and stop",
+    "--config-dir DIR": "take presets from DIR as well: DIR/run/mine.yaml is run=mine",
+    "--help, -h": "print help on a verb",
+    "--version": "print the version",
+}
+EXAMPLES = {
+    "shoestring train": "train the preset tiny on the source of the running Python",
+    "shoestring train run=small optimizer.lr=1e-3 run.steps=500": "another preset, two values changed",
+    "shoestring train --multirun run.seed=1,2,3": "three runs, one after the other",
+    "shoestring train run=small --cfg job": "see what would run",
+    "shoestring params run=deepseek_v3": "parameters and FLOPs without building the model",
+    'eval "$(shoestring completion bash)"': "complete verbs, presets, keys and values (also zsh, fish)",
+}
+
+
+def overview(verbs: Mapping[str, str]) -> str:
+    """The text of ``shoestring --help``; ``verbs`` maps names to modules."""
+    summaries = {name: import_module(module).SUMMARY for name, module in verbs.items()}
+    lines = ["usage: shoestring VERB [KEY=VALUE ...] [FLAG ...]", ""]
+    lines += ["verbs", *_columns(summaries), "", *_list_presets(), "", "flags", *_columns(FLAGS), ""]
+    lines += ["examples", *(f"  {command}\n      {meaning}" for command, meaning in EXAMPLES.items()), ""]
+    lines += ["keys: shoestring train --help"]
+    return "\n".join(lines)
+
+
+def describe(verb: str, module: Any) -> str:
+    """The text of ``shoestring VERB --help``."""
+    words = "".join(f" <{name}>" for name in getattr(module, "ARGUMENTS", ()))
+    schema = getattr(module, "Config", RunConfig)
+    lines = [f"usage: shoestring {verb}{words}" + (" [KEY=VALUE ...] [FLAG ...]" if schema else ""), ""]
+    lines += [module.SUMMARY, ""]
+    if schema is RunConfig:
+        lines += [*_list_presets(), "", "flags", *_columns(FLAGS), ""]
+    if schema:
+        lines += ["keys", *_list_keys(schema)]
+    return "\n".join(lines).rstrip()
+
+
+def _list_presets() -> list[str]:
+    presets = {f"{group}=": " | ".join(names) for group, names in keys.groups(keys.PRESETS).items()}
+    return ["presets (run= chooses the model as well)", *_columns(presets)]
+
+
+def _list_keys(schema: type) -> list[str]:
+    """Two columns: key with its default, and type with meaning."""
+    rows = {}
+    for name, key in keys.table(schema).items():
+        value = "" if key.default is MISSING else _write(key.default)
+        kind = key.rule.removeprefix("must be ")
+        rows[f"{name}={value}"] = f"{kind}; {key.comment}" if key.comment else kind
+    return _columns(rows)
+
+
+def _write(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _columns(rows: Mapping[str, str]) -> list[str]:
+    width = max(map(len, rows), default=0)
+    return [f"  {left:<{width}}  {right}".rstrip() for left, right in rows.items()]
