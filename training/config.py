@@ -59,11 +59,25 @@ class DataConfig:
     sequence_length: int
     corpus: tuple[str, ...] = ("stdlib",)  # "stdlib": the running Python's source; else text files or folders
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
+    eos: str | None = None  # the tokenizer's token that ends a document; null: what it or custom says
     folder: str = "data"  # token files live here, one folder per (corpus, tokenizer)
     held_out: float = 0.05  # share of the documents kept for evaluation, chosen by file
     mask_documents: bool = False  # tokens do not attend across document boundaries
     seed: int = 0  # of the shuffle
     workers: int | None = None  # processes that tokenise; null: all cores
+    verify_gigabytes: float = 16.0  # token files read at start to check their checksums; sizes always are
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 1:
+            raise ValueError(f"data.sequence_length={self.sequence_length} must be at least 1")
+        if not self.corpus:
+            raise ValueError("data.corpus=() must name a text: stdlib, files or folders")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"data.held_out={self.held_out} must lie between 0 and 1: it is a share of the text")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"data.workers={self.workers} must be at least 1 (null: all cores)")
+        if not self.verify_gigabytes >= 0:
+            raise ValueError(f"data.verify_gigabytes={self.verify_gigabytes} must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -144,6 +158,27 @@ class RampConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How text is drawn from a model (training/generate.py)."""
+
+    prompt: str = "def "
+    tokens: int = 200  # to draw; 0: none
+    temperature: float = 0.8  # 0: always the best token
+    top_k: int | None = None  # draw from this many best tokens; null: from all
+    top_p: float = 1.0  # draw from the fewest best tokens that hold this share of the probability
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or null")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+
+
+@dataclass(kw_only=True, slots=True)
 class RunSection:
     """One training run."""
 
@@ -161,15 +196,14 @@ class RunSection:
     deterministic: bool = True
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_tokens: int = 65536  # held-out tokens an evaluation reads
-    sample_tokens: int = 200  # length of the text sample at the end; 0: none
-    sample_prompt: str = "def "
+    sample: SamplingConfig = field(default_factory=SamplingConfig)  # the text at the end of the run
     sinks: tuple[Sink, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be positive")
-        for name in ("eval_every", "eval_tokens", "sample_tokens"):
+        for name in ("eval_every", "eval_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} must not be negative")
         if self.threads is not None and self.threads <= 0:
