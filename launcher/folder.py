@@ -112,9 +112,10 @@ def _version(name: str) -> str | None:
 
 def _git(*words: str) -> str | None:
     """What git says about the sources, or None where they are not a checkout or git is missing."""
+    # Fixed words, no shell.
     command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603: fixed words, no shell
+        result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
         return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -59,7 +59,7 @@ class DataConfig:
     sequence_length: int
     corpus: tuple[str, ...] = ("stdlib",)  # "stdlib": the running Python's source; else text files or folders
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
-    eos: str | None = None  # the tokenizer's token that ends a document; null: what it or custom says
+    eos: str | None = None  # the tokenizer's token that ends a document; null: what it says, or a usual name
     folder: str = "data"  # token files live here, one folder per (corpus, tokenizer)
     held_out: float = 0.05  # share of the documents kept for evaluation, chosen by file
     mask_documents: bool = False  # tokens do not attend across document boundaries
