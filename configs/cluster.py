@@ -12,6 +12,4 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.price_per_device_hour < 0:
-            raise ValueError(
-                f"cluster.price_per_device_hour={self.price_per_device_hour} must not be negative"
-            )
+            raise ValueError(f"cluster.price_per_device_hour={self.price_per_device_hour} must not be negative")

@@ -1,7 +1,7 @@
 """The whole configuration, assembled from the rooms' own dataclasses. Loads no torch.
 
-    TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run
-    RunConfig     what the launcher sees  TrainConfig + cluster
+TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run
+RunConfig     what the launcher sees  TrainConfig + cluster
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ from configs.cluster import ClusterConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, RunSection
+
+BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,6 +26,12 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunSection
     init_from: str | None = None  # a folder of weights in Hugging Face format to start from
+
+    def __post_init__(self) -> None:
+        if self.data.tokenizer == "bytes" and self.model.vocab_size < BYTES:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, the vocabulary of data.tokenizer=bytes"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,7 @@ Every mistake leaves this file as a ``ValueError`` of a line or two that names t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass
 from itertools import product
 from math import isfinite
 from pathlib import Path
@@ -58,7 +58,7 @@ class Composer:
                 self._check(override)
             tree = hydra_compose("config", overrides=list(overrides) + self._search())
         with explained(self.keys):
-            return build(tree), OmegaConf.to_yaml(tree, resolve=True)
+            return build(RunConfig, tree), OmegaConf.to_yaml(tree, resolve=True)
 
     def sweep(self, overrides: tuple[str, ...]) -> list[tuple[str, ...]]:
         """The overrides of every job that ``--multirun`` stands for, the last sweep varying fastest."""
@@ -126,25 +126,25 @@ def compose_plain(schema: type, overrides: tuple[str, ...]) -> tuple[Any, str]:
             value = raw if verbatim else _parse_one(parser, word).value()
             check_type(table, key, value, raw)
             OmegaConf.update(tree, key, value)
-        return build(tree), OmegaConf.to_yaml(tree, resolve=True)
+        return build(schema, tree), OmegaConf.to_yaml(tree, resolve=True)
 
 
 def load(path: Path) -> RunConfig:
     """The configuration kept in ``path``, equal to the one it was written from."""
     with explained(keys.table(RunConfig)):
-        config = build(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+        config = build(RunConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     assert isinstance(config, RunConfig)
     return config
 
 
-def build(tree: Any) -> Any:
-    """The dataclass that an OmegaConf tree stands for, its own checks run. ``ValueError`` for what has no value yet."""
+def build(schema: type, tree: Any) -> Any:
+    """The dataclass ``schema`` that an OmegaConf tree stands for, its own checks run. ``ValueError`` if a value is missing."""
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} must have a value: write {missing[0]}=..., or choose a preset with run=..."
+            f"{', '.join(missing)} must have a value: write {missing[0]}=..., or choose a preset by run=..."
         )
-    return _finish(OmegaConf.to_object(tree), "")
+    return _make(schema, OmegaConf.to_container(tree, resolve=True), "", keys.table(schema))
 
 
 def check_type(table: dict[str, keys.Key], key: str, value: Any, raw: str) -> None:
@@ -162,13 +162,22 @@ def _parse_one(parser: OverridesParser, word: str) -> Override:
         raise ValueError(explain_word(word, error)) from error
 
 
-def _finish(node: Any, key: str) -> Any:
-    """``node`` with its lists turned into the tuples their fields ask for; ``ValueError`` for infinities and NaN."""
-    if isinstance(node, list):
-        return tuple(node)
-    if isinstance(node, float) and not isfinite(node):
-        raise ValueError(f"{key}={node} must be a finite number")
-    if is_dataclass(node) and not isinstance(node, type):
-        names = {field.name: f"{key}.{field.name}".lstrip(".") for field in fields(node)}
-        return replace(node, **{name: _finish(getattr(node, name), names[name]) for name in names})
-    return node
+def _make(schema: type, values: Any, prefix: str, table: dict[str, keys.Key]) -> Any:
+    """An instance of ``schema`` from nested dictionaries: OmegaConf's own would keep lists where tuples are declared.
+
+    A dataclass used in two places names its keys without the section; ``prefix``, the section with its dot, is put back.
+    """
+    made = {}
+    for name, kind in keys.kinds(schema).items():
+        value, key = values[name], prefix + name
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{key}={value} must be a finite number")
+        if is_dataclass(kind):
+            made[name] = _make(kind, value, f"{key}.", table)  # type: ignore[arg-type]
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return schema(**made)
+    except ValueError as error:
+        key = str(error).partition("=")[0]
+        raise ValueError(prefix + str(error) if key not in table and prefix + key in table else str(error)) from None

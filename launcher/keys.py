@@ -52,9 +52,15 @@ class Key:
         return nearest(raw.strip("[]"), self.values)
 
 
-def table(schema: type) -> dict[str, Key]:
+def table(schema: Any) -> dict[str, Key]:
     """Every leaf of the dataclass ``schema`` by dotted key, in the order of declaration."""
     return dict(_walk(schema, ""))
+
+
+def kinds(schema: Any) -> dict[str, Any]:
+    """The fields of the dataclass ``schema`` and what they hold, ``| None`` left out."""
+    hints = get_type_hints(schema)
+    return {field.name: _strip_none(hints[field.name])[0] for field in fields(schema)}
 
 
 def groups(*folders: Path) -> dict[str, tuple[str, ...]]:
@@ -83,7 +89,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Key]]:
+def _walk(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
     hints = get_type_hints(schema)
     comments = _comments(schema)
     for field in fields(schema):
@@ -95,7 +101,7 @@ def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Key]]:
         yield prefix + field.name, Key(schema, kind, optional, default, comments.get(field.name, ""))
 
 
-def _comments(schema: type) -> dict[str, str]:
+def _comments(schema: Any) -> dict[str, str]:
     """The comment at the end of each field's line, those of inherited fields included."""
     found: dict[str, str] = {}
     for owner in reversed(schema.__mro__[:-1]):

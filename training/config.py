@@ -1,5 +1,6 @@
 """Configuration of training: data, optimizer, precision, checkpoint and the run. Standard library only."""
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -203,9 +204,16 @@ class RunSection:
         for name in ("steps", "global_batch", "micro_batch"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be positive")
-        for name in ("eval_every", "eval_tokens"):
+        for name in ("eval_every", "eval_tokens", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} must not be negative")
+        for name in ("name", "id"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"\w[\w.+=,-]{0,99}", value):
+                raise ValueError(
+                    f"run.{name}={value} must be fit for a folder's name: at most 100 letters, digits and _ . + = , -, "
+                    "with a letter, digit or _ in front"
+                )
         if self.threads is not None and self.threads <= 0:
             raise ValueError(f"run.threads={self.threads} must be positive, or null for all cores")
         if self.global_batch % self.micro_batch:
