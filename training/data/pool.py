@@ -1,0 +1,90 @@
+"""Shares shards out to worker processes and collects what they send back."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from training.data.listing import ShardPlan
+
+ROOT = Path(__file__).parents[2]  # where the rooms are importable from
+Worker = subprocess.Popen[str]
+Mailbox = SimpleQueue[tuple[Worker, dict[str, Any] | None]]
+
+
+def make_shards(setup: dict[str, Any], plans: Sequence[ShardPlan], workers: int) -> Generator[dict[str, Any]]:
+    """Has ``plans`` made by up to ``workers`` processes; yields their messages
+    (``training/data/worker.py``) as they come. Closing the iterator ends the processes.
+
+    Raises:
+        ValueError: a worker met a mistake that the user can mend.
+        RuntimeError: a worker died.
+    """
+    mailbox: Mailbox = SimpleQueue()
+    waiting = iter(plans)
+    crew: list[Worker] = []
+    left = len(plans)
+    try:
+        for _ in range(min(workers, left)):
+            crew.append(_start(setup, mailbox))
+            _hand(crew[-1], next(waiting))
+        while left:
+            worker, message = mailbox.get()
+            if message is None and _is_dismissed(worker):
+                continue
+            if message is None:
+                raise RuntimeError(f"a tokenising process ended with code {worker.wait()}")
+            if "error" in message:
+                raise ValueError(message["error"])
+            if "shard" in message:
+                left -= 1
+                _hand(worker, next(waiting, None))
+            yield message
+    finally:
+        for worker in crew:
+            worker.terminate()
+            _hand(worker, None)
+            worker.wait()
+
+
+def _start(setup: dict[str, Any], mailbox: Mailbox) -> Worker:
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "training.data.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert worker.stdin
+    print(json.dumps(setup), file=worker.stdin, flush=True)
+    Thread(target=_listen, args=(worker, mailbox), daemon=True).start()
+    return worker
+
+
+def _listen(worker: Worker, mailbox: Mailbox) -> None:
+    assert worker.stdout
+    with worker.stdout as lines:
+        for line in lines:
+            mailbox.put((worker, json.loads(line)))
+    mailbox.put((worker, None))
+
+
+def _hand(worker: Worker, plan: ShardPlan | None) -> None:
+    """Gives a worker its next shard, or dismisses it. Where it has died, the mailbox says so."""
+    assert worker.stdin
+    with suppress(BrokenPipeError):
+        if plan is None:
+            worker.stdin.close()
+        else:
+            print(json.dumps(plan._asdict()), file=worker.stdin, flush=True)
+
+
+def _is_dismissed(worker: Worker) -> bool:
+    return worker.stdin is None or worker.stdin.closed

@@ -1,0 +1,117 @@
+"""Text to token files, once: ``prepare`` finds them, has them made or finished, checks and opens them.
+
+    data.corpus, data.tokenizer, data.held_out -> identity -> <data.folder>/<corpus>-<tokenizer>-<digest>/
+        train.documents.jsonl, held_out.documents.jsonl      which texts: training/data/listing.py
+        train-00000.tokens, ..., held_out-00000.tokens, ...  training/data/tokens.py
+        journal.jsonl                                        while it is being made: training/data/job.py
+        index.json                                           written last: training/data/index.py
+
+The identity holds the digests of the listing and of the tokenizer, so a changed text or a changed tokenizer
+has another folder: neither is ever taken for what it was. No torch is loaded."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.config import DataConfig
+from training.data.corpus import find_sources
+from training.data.index import NAME, Index, digest, read_index, verify
+from training.data.job import Job, Report, is_complete, make
+from training.data.listing import PIECE, SPLITS, take_survey
+from training.data.tokenizer import Tokenizer, load_tokenizer
+from training.data.tokens import TokenFile
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Token files, verified and open."""
+
+    folder: Path
+    index: Index  # index.digest names the data in a run's record
+    tokenizer: Tokenizer
+    train: TokenFile
+    held_out: TokenFile
+    verified: int  # bytes whose checksums were read
+
+
+def prepare(config: DataConfig, report: Report = print, thorough: bool = False) -> Prepared:
+    """The token files that ``config`` asks for, made first where they are not there yet.
+
+    ``thorough`` checks every checksum, else as many as data.verify_gigabytes allows; sizes are always
+    checked. ``report`` gets lines to print.
+
+    Raises:
+        ValueError: a mistake in ``config``, a text that changed on the way, or a damaged file, by name.
+    """
+    tokenizer = load_tokenizer(config.tokenizer, config.eos)
+    folder = _find_prepared(config, tokenizer)
+    if folder is None:
+        job = _plan_job(config, tokenizer)
+        folder = job.folder
+        if not is_complete(folder):
+            _notice_change(job, report)
+            make(job, config.workers or os.cpu_count() or 1, report)
+    index = read_index(folder)
+    verified = verify(folder, index, float("inf") if thorough else config.verify_gigabytes * 1e9)
+    train, held_out = (index.open(folder, split) for split in SPLITS)
+    return Prepared(folder, index, tokenizer, train, held_out, verified)
+
+
+def _find_prepared(config: DataConfig, tokenizer: Tokenizer) -> Path | None:
+    """data.corpus may be a folder that ``prepare`` made: the text itself need not be there any more."""
+    folder = Path(config.corpus[0]).expanduser()
+    if len(config.corpus) > 1 or not (folder / NAME).is_file():
+        return None
+    identity = read_index(folder).identity
+    if identity["tokenizer"] != _identify(tokenizer):
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer}, but data.corpus={folder} was prepared with another, "
+            f"{identity['tokenizer']['name']} (sha256 {identity['tokenizer']['sha256'][:12]})"
+        )
+    if identity["held_out"] != config.held_out:
+        raise ValueError(
+            f"data.held_out={config.held_out}, but data.corpus={folder} was prepared with {identity['held_out']}"
+        )
+    return folder
+
+
+def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
+    sources = find_sources(config.corpus)
+    survey = take_survey(sources, config.held_out)
+    for split in SPLITS:
+        if not survey.documents[split]:
+            raise ValueError(
+                f"data.held_out={config.held_out} leaves {split} empty: data.corpus={','.join(config.corpus)} "
+                f"has {sum(survey.documents.values())} documents, and whole files of a folder are held out. "
+                "Name more text, another share, or a single file: that is cut in two"
+            )
+    identity = {
+        "corpus": survey._asdict(),
+        "held_out": config.held_out,
+        "piece": PIECE,
+        "tokenizer": _identify(tokenizer),
+    }
+    words = (Path(config.corpus[0]).stem, Path(tokenizer.name).stem, digest(identity)[:12])
+    slug = "-".join(re.sub(r"\W+", "_", word) for word in words)
+    return Job(sources, survey, tokenizer, config.eos, identity, Path(config.folder) / slug)
+
+
+def _identify(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"name": Path(tokenizer.name).name, "sha256": tokenizer.sha256}
+
+
+def _notice_change(job: Job, report: Report) -> None:
+    """Says so where the same sources were prepared before with the same settings, and have changed since."""
+    for path in sorted(job.folder.parent.glob(f"*/{NAME}")):
+        try:
+            before = read_index(path.parent)
+        except ValueError:
+            continue
+        if before.sources != [str(source.root) for source in job.sources] or path.parent == job.folder:
+            continue
+        changed = [key for key in job.identity if job.identity[key] != before.identity.get(key)]
+        names = {identity["tokenizer"]["name"] for identity in (before.identity, job.identity)}
+        if changed == ["corpus"] or (changed == ["tokenizer"] and len(names) == 1):
+            report(f"data.{changed[0]} has changed since {path.parent} was prepared: it is made anew beside it")
