@@ -75,9 +75,8 @@ def read_index(folder: Path) -> Index:
         content = json.loads(path.read_bytes())
         expected = content.pop("digest")
         version = content.pop("format")
-        index = Index(**content)
-        splits = {split: [Shard(**row) for row in index.splits[split]] for split in SPLITS}
-        index = index._replace(splits=splits)
+        rows = content.pop("splits")
+        index = Index(**content, splits={split: [Shard(**row) for row in rows[split]] for split in SPLITS})
         damaged = index.digest != expected
     except (ValueError, TypeError, KeyError, AttributeError):
         damaged = True
