@@ -1,6 +1,7 @@
 # Two commands are enough: `make train` and `make test`. Everything else is for those who change the code.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
 .PHONY: train test test-full check format clean
 
@@ -10,25 +11,33 @@ train: .venv/ready
 test: .venv/ready-test
 	$(BIN)/pytest tests
 
-check: .venv/ready-check
+# The same, with the wide versions of tests that are marked `full`.
+test-full: .venv/ready-test
+	$(BIN)/pytest tests -m "not gpu"
+
+check: .venv/ready-test .venv/ready-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest tests/unit/test_house.py tests/unit/test_imports.py
 
 format: .venv/ready-check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A stamp per extra: set-up runs again only when pyproject.toml changes, and never touches the network otherwise.
+# A stamp is a copy of the pyproject.toml that was installed: set-up runs again when its content changes, not when git
+# merely touches it, and otherwise nothing here needs the network.
 .venv/ready: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python 3.11 or later is needed, for example: make PYTHON=python3.11 train" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	cmp -s pyproject.toml $@ || $(PIP) .
+	@cp pyproject.toml $@
 
 .venv/ready-%: pyproject.toml | .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
-	touch $@
+	cmp -s pyproject.toml $@ || $(PIP) ".[$*]"
+	@cp pyproject.toml $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

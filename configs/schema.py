@@ -30,7 +30,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data.tokenizer == "bytes" and self.model.vocab_size < BYTES:
             raise ValueError(
-                f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, the vocabulary of data.tokenizer=bytes"
+                f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, what data.tokenizer=bytes has"
             )
 
 

@@ -9,7 +9,7 @@ A verb's module declares
     ARGUMENTS                           names of its words without "=", if it takes any
     Config                              a dataclass of its own, or None, if its input is not a run's configuration
 
-Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a mistake of the user's, in a line or two; 130 for Ctrl-C.
+Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a user's mistake, in a line or two; 130 for Ctrl-C.
 """
 
 import sys

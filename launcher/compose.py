@@ -138,7 +138,7 @@ def load(path: Path) -> RunConfig:
 
 
 def build(schema: type, tree: Any) -> Any:
-    """The dataclass ``schema`` that an OmegaConf tree stands for, its own checks run. ``ValueError`` if a value is missing."""
+    """The dataclass ``schema`` that an OmegaConf tree stands for, its own checks run; ``ValueError`` for a gap."""
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise ValueError(
@@ -165,7 +165,7 @@ def _parse_one(parser: OverridesParser, word: str) -> Override:
 def _make(schema: type, values: Any, prefix: str, table: dict[str, keys.Key]) -> Any:
     """An instance of ``schema`` from nested dictionaries: OmegaConf's own would keep lists where tuples are declared.
 
-    A dataclass used in two places names its keys without the section; ``prefix``, the section with its dot, is put back.
+    A dataclass used in two places names its keys without the section; ``prefix``, the section and a dot, is put back.
     """
     made = {}
     for name, kind in keys.kinds(schema).items():

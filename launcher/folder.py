@@ -8,6 +8,7 @@ runs/<id>/config.yaml     the configuration, resolved
 """
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from configs.schema import RunConfig
 from launcher import compose
+from launcher.invocation import Invocation
+from launcher.keys import nearest
 
 PACKAGES = (
     "shoestring",
@@ -48,7 +51,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
 
-def create(config: RunConfig, invocation: compose.Invocation) -> Path:
+def create(config: RunConfig, invocation: Invocation) -> Path:
     """Makes the folder of a new run and writes down what it is. ``ValueError`` if ``run.id`` is taken."""
     path = _claim(config)
     (path / "config.yaml").write_text(invocation.yaml)
@@ -58,12 +61,13 @@ def create(config: RunConfig, invocation: compose.Invocation) -> Path:
     return path
 
 
-def open(run: str, folder: str = "runs") -> RunFolder:  # `folder.open` reads well; the builtin is not needed here
+def open(run: str, folder: str = "runs") -> RunFolder:  # `folder.open` reads well, and the builtin is not needed here
     """The folder of an existing run, given its path or its id under ``folder``."""
     for path in (Path(run), Path(folder) / run):
         if (path / "config.yaml").is_file():
             return RunFolder(path)
-    raise ValueError(f"run={run} is neither a run's folder nor the id of one in {folder}/")
+    runs = [path.parent.name for path in sorted(Path(folder).glob("*/config.yaml"))]
+    raise ValueError(f"run={run} must be a run's folder or the id of a run in {folder}/{nearest(run, runs)}")
 
 
 def load_config(folder: Path) -> RunConfig:
@@ -73,34 +77,37 @@ def load_config(folder: Path) -> RunConfig:
 
 def versions() -> dict[str, object]:
     """What the run's numbers may depend on besides its configuration."""
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git": {"revision": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+        # None where the sources are installed rather than checked out: a repository around them would be someone else's.
+        "git": {"revision": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+        if tracked
+        else None,
     }
 
 
 def _claim(config: RunConfig) -> Path:
-    """Makes the folder itself; its creation is atomic, so two runs of one second get two folders."""
-    root = Path(config.run.folder)
+    """Makes the folder itself; that is atomic, so two runs that start in the same second get two folders."""
+    root, given = Path(config.run.folder), config.run.id
     root.mkdir(parents=True, exist_ok=True)
-    if config.run.id is not None:
-        path = root / config.run.id
-        try:
-            path.mkdir()
-        except FileExistsError:
-            raise ValueError(f"run.id={config.run.id} is taken: {path} exists; choose another or remove it") from None
-        return path
-    stem = f"{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    stem = given or f"{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in count(1):
         path = root / (stem if number == 1 else f"{stem}-{number}")
         try:
             path.mkdir()
         except FileExistsError:
+            if given:
+                raise ValueError(
+                    f"run.id={given} is taken: {path} exists; choose another id or move that folder"
+                ) from None
             continue
         return path
-    raise AssertionError("unreachable")
+    raise AssertionError("counting never ends")
 
 
 def _version(name: str) -> str | None:
