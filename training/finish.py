@@ -1,0 +1,103 @@
+"""The end of a run: what to compare its loss with, a sample of its text, and where everything is."""
+
+import math
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from training.data import bigram
+from training.evaluate import count_sequences
+from training.generate import continue_text
+from training.metrics import Record, StepRow
+from training.setup import Setup
+from training.view import Gauge, write_time
+
+
+class Ending(StrEnum):
+    """Why a run took no further step."""
+
+    finished = "finished"
+    interrupted = "interrupted"  # by Ctrl-C
+    diverged = "diverged"  # optimizer.skip_limit
+
+
+class Outcome(NamedTuple):
+    """What the steps led to."""
+
+    ending: Ending
+    last: StepRow | None  # the last step taken
+    held_out: float  # the last evaluation, nats a token; NaN before the first
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """A run in numbers. Losses are nats a token, NaN where they were not measured."""
+
+    ending: Ending
+    steps: int  # taken
+    loss: float  # of the last step
+    held_out: float
+    bigram: float  # of a bigram model on the labels of held_out
+    seconds: float
+    cost: float
+
+
+def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder: Path) -> Summary:
+    """Writes ``sample.txt`` and the record's last row, and prints the summary."""
+    complete = outcome.ending is Ending.finished
+    text = write_sample(setup, folder / "sample.txt") if complete and setup.config.run.sample.tokens else ""
+    summary = Summary(
+        ending=outcome.ending,
+        steps=outcome.last.step + 1 if outcome.last else 0,
+        loss=outcome.last.loss if outcome.last else math.nan,
+        held_out=outcome.held_out,
+        bigram=measure_bigram(setup) if complete else math.nan,
+        seconds=gauge.elapsed(),
+        cost=gauge.cost(),
+    )
+    record.write("end", **asdict(summary))
+    if text:
+        print(f"\n--- sample ---\n{text}\n--------------\n")
+    print("\n".join(describe(summary, setup, folder)), flush=True)
+    return summary
+
+
+def measure_bigram(setup: Setup) -> float:
+    """The loss of a bigram model on the labels that ``evaluate`` reads; NaN where its table would be too large."""
+    vocabulary = setup.tokenizer.vocab_size
+    if vocabulary > bigram.LARGEST:
+        return math.nan
+    return bigram.bigram_loss(setup.train.tokens, setup.held_out, vocabulary, count_sequences(setup))
+
+
+def write_sample(setup: Setup, path: Path) -> str:
+    """Lets the model continue ``run.sample.prompt``."""
+    sampling = setup.config.run.sample
+    # The cache grows with every token: compiled segments would be compiled anew for each.
+    with torch.compiler.set_stance("force_eager"):
+        text = sampling.prompt + "".join(continue_text(setup.model, setup.tokenizer, sampling))
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def describe(summary: Summary, setup: Setup, folder: Path) -> list[str]:
+    """The summary in lines."""
+    run = setup.config.run
+    lines = [f"{summary.ending} after {summary.steps} of {run.steps} steps in {write_time(summary.seconds)}"]
+    if summary.cost:
+        lines[0] += f", cost {summary.cost:.2f}"
+    if summary.ending is Ending.diverged:
+        limit = setup.config.optimizer.skip_limit
+        lines.append(
+            f"loss or gradient were not finite in more than optimizer.skip_limit={limit} steps in a row; the weights "
+            "are those before. Try a lower optimizer.lr or a longer optimizer.rate.warmup_steps"
+        )
+    if not math.isnan(summary.held_out):
+        against = "" if math.isnan(summary.bigram) else f"   (a bigram model: {summary.bigram:.4f})"
+        lines.append(f"held-out loss {summary.held_out:.4f} nats a token{against}")
+    names = {"weights": "weights", "metrics": "metrics.jsonl", "sample": "sample.txt", "config": "config.yaml"}
+    lines += [f"{what:<8} {folder / name}" for what, name in names.items() if (folder / name).exists()]
+    return lines

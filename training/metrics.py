@@ -1,0 +1,90 @@
+"""The record of a run: one row a step, written as it happens, and the same rows to whatever sinks are asked for.
+
+    metrics.jsonl    {"kind": "start", ...}                            once
+                     {"kind": "step", "step": 0, "loss": 5.6, ...}     every step: the fields of ``StepRow``
+                     {"kind": "eval", "step": 100, "loss": 2.1, ...}   every evaluation
+                     {"kind": "end", ...}                              once
+
+Losses are nats a token. A number that is not finite is null, which JSON can say. Each line goes to the operating system
+as soon as it is complete, so a crash of the process loses none.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRow:
+    """What one step did."""
+
+    step: int  # from 0
+    loss: float  # cross entropy of the next token, over the global batch
+    mtp_losses: tuple[float, ...]  # the same at each further depth
+    aux: float  # auxiliary balance loss a sequence, summed over layers, before its weight
+    lr: float
+    grad_norm: float  # before clipping
+    clip_factor: float  # what clipping multiplied the gradient by
+    tokens: int  # inputs seen in this step
+    cursor: int  # sequences seen since the start, this step included
+    seconds: float
+    tokens_per_second: float
+    violation_worst: float  # max / mean - 1 of the tokens an expert gets, in the worst layer
+    violation_mean: float  # and averaged over layers
+    dead_experts: int  # experts, of all layers together, that got no token
+    skipped: bool  # loss or gradient were not finite: the weights have not moved
+    peak_memory: int  # bytes
+
+
+class Writer(Protocol):
+    """Somewhere that rows go."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Takes one row."""
+
+    def close(self) -> None:
+        """Takes no more."""
+
+
+class Record:
+    """``metrics.jsonl`` in a run's folder, and its sinks. A context manager."""
+
+    def __init__(self, path: Path, writers: Iterable[Writer] = ()) -> None:
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._writers = tuple(writers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        for writer in self._writers:
+            writer.close()
+
+    def write_step(self, row: StepRow) -> None:
+        """Adds a step."""
+        self.write("step", **asdict(row))
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Adds a row of any ``kind``."""
+        row = {"kind": kind, **fields}
+        self._file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
+        for writer in self._writers:
+            writer.write(row)
+
+
+def read(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of one ``kind`` in a ``metrics.jsonl``."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

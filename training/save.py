@@ -1,0 +1,107 @@
+"""Weights on disk: safetensors shards and a manifest, nothing executable.
+
+    weights/00001.safetensors ...    at most SHARD bytes each (a larger tensor has a shard to itself)
+            manifest.json            {"format": 1, "tensors": {name: {shape, dtype, file, sha256}}}
+
+Written under another name and renamed, so that a folder called ``weights`` is complete.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+SHARD = 5 * 10**9  # bytes
+MANIFEST = "manifest.json"
+
+
+def save(model: nn.Module, folder: Path, shard: int = SHARD) -> None:
+    """Writes every parameter and buffer of ``model``, each once, to ``folder``, which must not exist."""
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True)
+    entries: dict[str, Any] = {}
+    for number, names in enumerate(_split(model, shard), start=1):
+        file = f"{number:05}.safetensors"
+        tensors = name_tensors(model)
+        # Clones, because parameters are slices of one buffer and a file holds each tensor by itself.
+        chunk = {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in names}
+        save_file(chunk, str(partial / file))
+        entries |= {name: {**_describe(tensor), "file": file} for name, tensor in chunk.items()}
+    (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "tensors": entries}, indent=1) + "\n")
+    partial.rename(folder)
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path) -> None:
+    """Sets every parameter and buffer of ``model`` from ``folder``, to the bit.
+
+    Raises ValueError naming the file or tensor where something is missing, left over, of another shape or damaged.
+    """
+    entries = _read_manifest(folder / MANIFEST)
+    tensors = name_tensors(model)
+    if wrong := sorted(tensors.keys() ^ entries.keys()):
+        raise ValueError(f"{folder} does not fit the model: {', '.join(wrong[:5])} on one side only")
+    for file in sorted({entry["file"] for entry in entries.values()}):
+        path = folder / Path(file).name
+        try:
+            with safe_open(str(path), framework="pt") as shard:
+                for name in (name for name, entry in entries.items() if entry["file"] == file):
+                    _take(tensors[name], shard.get_tensor(name), entries[name], f"{path}: {name}")
+        except ValueError:
+            raise
+        except Exception as error:  # safetensors raises a class of its own, derived from Exception
+            raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def name_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; one that is used twice has one name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _split(model: nn.Module, shard: int) -> Iterator[list[str]]:
+    """Names in the model's order, in groups of at most ``shard`` bytes or of one tensor."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in name_tensors(model).items():
+        if names and size + tensor.nbytes > shard:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    if names:
+        yield names
+
+
+def _describe(tensor: Tensor) -> dict[str, Any]:
+    # Through bytes, because numpy has no bfloat16.
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    digest = hashlib.sha256(content.data).hexdigest()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": digest}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']} is not {FORMAT}")
+        return dict(manifest["tensors"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the manifest of saved weights: {error}") from error
+
+
+def _take(into: Tensor, tensor: Tensor, entry: dict[str, Any], where: str) -> None:
+    found = _describe(tensor)
+    wanted = {"shape": list(into.shape), "dtype": str(into.dtype).removeprefix("torch.")}
+    for key in ("shape", "dtype"):
+        if found[key] != wanted[key]:
+            raise ValueError(f"{where} has {key} {found[key]}; the model wants {wanted[key]}")
+    if found["sha256"] != entry["sha256"]:
+        raise ValueError(f"{where} is damaged: its checksum is not the manifest's")
+    into.copy_(tensor)

@@ -1,0 +1,78 @@
+"""Copies of the record for those who watch runs elsewhere: TensorBoard and Weights & Biases.
+
+A package is imported only when its sink is chosen. Rows of kind "step" and "eval" become scalars named ``kind/field``;
+those of kind "start" become the run's description.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from training.config import Sink
+from training.metrics import Writer
+
+
+class TensorBoard:
+    """Event files in ``<run folder>/tensorboard``."""
+
+    def __init__(self, folder: Path) -> None:
+        _require(Sink.tensorboard)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "start":
+            self._writer.add_text("start", json.dumps(row))
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run named like the folder. Project, entity and offline mode come from wandb's own environment variables."""
+
+    def __init__(self, folder: Path) -> None:
+        _require(Sink.wandb)
+        import wandb
+
+        self._run = wandb.init(name=folder.name, dir=str(folder))
+
+    def write(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "start":
+            self._run.config.update({key: value for key, value in row.items() if key != "kind"})
+        if found := scalars(row):
+            self._run.log(found, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+SINKS: dict[Sink, Callable[[Path], Writer]] = {Sink.tensorboard: TensorBoard, Sink.wandb: WeightsAndBiases}
+
+
+def open_sinks(sinks: Iterable[Sink], folder: Path) -> list[Writer]:
+    """A writer for each of ``run.sinks``. ValueError, with what to install, where its package is missing."""
+    return [SINKS[sink](folder) for sink in sinks]
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a step's or an evaluation's row as ``kind/field``, one for each entry of a list."""
+    if row["kind"] not in ("step", "eval"):
+        return {}
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, int | float) and name != "step":
+            found[f"{row['kind']}/{name}"] = float(value)
+        elif isinstance(value, list | tuple):
+            found |= {f"{row['kind']}/{name}/{index}": float(item) for index, item in enumerate(value)}
+    return found
+
+
+def _require(sink: Sink) -> None:
+    if importlib.util.find_spec(sink.value) is None:
+        raise ValueError(f"run.sinks: {sink} needs a package that is not installed: pip install 'shoestring[{sink}]'")

@@ -1,0 +1,146 @@
+"""What a person sees of a run: one live line on a terminal, a line every few seconds anywhere else.
+
+    120/300 ━━━━━━━━╸━━━━━━━━━  loss 2.314  12,345 tok/s  310 GFLOP/s  imbalance 0.42, 0 dead  0:32 left  cost 0.01
+
+Speed is model FLOPs (no recomputation, no padding) a second: as a share of the device's peak where that is known (MFU).
+The imbalance is that of the worst layer: 0 when all experts get the same.
+"""
+
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Protocol, Self
+
+from training.metrics import StepRow
+from training.peaks import find_peak
+from training.ramp import BatchSchedule
+
+PAUSE = 5.0  # seconds between plain lines
+WINDOW = 20  # steps whose speed the forecast is made from
+
+
+@dataclass
+class Gauge:
+    """Turns a step's row into words. One for a run: it remembers the last steps' speed for the forecast."""
+
+    steps: int
+    batches: BatchSchedule
+    flops_per_token: float
+    device: str  # its name
+    price: float  # of the devices used, an hour
+    started: float = field(default_factory=monotonic)
+    _pace: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return monotonic() - self.started
+
+    def cost(self) -> float:
+        """Money spent so far."""
+        return self.price * self.elapsed() / 3600
+
+    def describe(self, row: StepRow) -> str:
+        """The row in a line."""
+        parts = [f"loss {row.loss:.3f}" + (" (skipped: not finite)" if row.skipped else "")]
+        parts += [f"{row.tokens_per_second:,.0f} tok/s", self._speed(row)]
+        parts.append(f"imbalance {row.violation_worst:.2f}, {row.dead_experts} dead")
+        parts.append(f"{write_time(self._remaining(row))} left")
+        if self.price:
+            parts.append(f"cost {self.cost():.2f}")
+        return "  ".join(parts)
+
+    def _speed(self, row: StepRow) -> str:
+        speed, peak = row.tokens_per_second * self.flops_per_token, find_peak(self.device)
+        return f"{100 * speed / peak:.1f}% MFU" if peak else f"{shorten(speed)}FLOP/s"
+
+    def _remaining(self, row: StepRow) -> float:
+        """Seconds to the end at the median speed of the last steps: the first one, which compiles, counts little."""
+        self._pace.append(row.seconds / self.batches.size(row.step))
+        return sorted(self._pace)[len(self._pace) // 2] * (self.batches.before(self.steps) - row.cursor)
+
+
+class View(Protocol):
+    """Where the run is shown."""
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+
+    def show(self, row: StepRow) -> None:
+        """The step that was just taken."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class PlainView:
+    """Lines, for files and pipes: the first and the last step, and one now and then between them."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge, self._said = gauge, -PAUSE
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def show(self, row: StepRow) -> None:
+        text, step = self._gauge.describe(row), row.step + 1
+        if step in (1, self._gauge.steps) or monotonic() - self._said >= PAUSE:
+            self._said = monotonic()
+            self.note(f"step {step}/{self._gauge.steps}  {text}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class TerminalView:
+    """One line that renews itself, below the lines that stay."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        self._gauge = gauge
+        self._progress = Progress(*columns, refresh_per_second=4)
+        self._task = self._progress.add_task("starting", total=gauge.steps)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, row: StepRow) -> None:
+        self._progress.update(self._task, completed=row.step + 1, description=self._gauge.describe(row))
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+def open_view(gauge: Gauge) -> View:
+    """The view that suits standard output."""
+    return TerminalView(gauge) if sys.stdout.isatty() else PlainView(gauge)
+
+
+def shorten(value: float) -> str:
+    """Three digits and a prefix for a unit to follow: 3.1e11 -> ``310 G``."""
+    for prefix, unit in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= unit:
+            scaled = value / unit
+            digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
+            return f"{scaled:.{digits}f} {prefix}"
+    return f"{value:.0f} "
+
+
+def write_time(seconds: float) -> str:
+    """Seconds as ``m:ss``, ``h:mm:ss`` or ``d days h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} days {hours}:{minutes:02}:{rest:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
