@@ -120,7 +120,9 @@ def _dispatch(verb: str, module: Any, words: Words) -> int:
         if words.cfg:
             print(yaml, end="" if number == len(jobs) else "---\n")
             continue
-        code = int(module.run(config, Invocation(verb, tuple(words.arguments), overrides, yaml)))
+        presets = None if words.folder is None else str(words.folder)
+        invocation = Invocation(verb, tuple(words.arguments), overrides, yaml, presets)
+        code = int(module.run(config, invocation))
         if code:
             return code
     return 0
@@ -165,7 +167,9 @@ def _is_mistake(error: ValueError) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals["__name__"].partition(".")[0] in ROOMS
+    source = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
+    root = Path(__file__).parents[1]
+    return source.is_relative_to(root) and source.relative_to(root).parts[0] in ROOMS
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ the files of a user's own presets. Like launcher/compose.py, and no other file, 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -24,7 +26,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 from launcher.keys import Key, nearest
 
-_VALUE = re.compile(r"^(?:Value|Invalid value) '(.*?)'(?: of type|, expected)|value: (.*)$", re.MULTILINE | re.DOTALL)
+_VALUE = re.compile(
+    r"^(?:Value|\w+ value) '(.*?)'(?: of type|, expected| for field)|value: (.*)$", re.MULTILINE | re.DOTALL
+)
 _FILE = re.compile(r"^In '(.+?)'")
 
 
@@ -77,11 +81,15 @@ def _explain_key(error: OmegaConfBaseException, table: Mapping[str, Key]) -> str
         hint = "; a preset of the group run opens with the line '# @package _global_'" if lost else nearest(key, table)
         return f"{key}: there is no such key{hint}"
     if isinstance(error, InterpolationResolutionError):
-        return f"{key} cannot be resolved: {message.removeprefix('KeyError raised while resolving interpolation: ')}"
+        section: Any = OmegaConf.to_container(error.parent_node, resolve=False)
+        value = section[error.key]
+        reason = message.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+        return f"{key}={value} cannot be resolved: {reason}"
     if not isinstance(error, ValidationError):
         return f"{key}: {message}"
     found = _VALUE.search(message)
-    value = "null" if "is not Optional" in message else next(filter(None, found.groups()), "''") if found else "..."
+    value = next(filter(None, found.groups()), "") if found else "None"
+    value = "null" if value == "None" else value
     if key in table:
         return f"{key}={value} {table[key].rule}{table[key].hint(value)}"
     inside = next((name for name in table if name.startswith(f"{key}.")), "run.steps")

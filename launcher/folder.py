@@ -55,8 +55,7 @@ def create(config: RunConfig, invocation: Invocation) -> Path:
     """Makes the folder of a new run and writes down what it is. ``ValueError`` if ``run.id`` is taken."""
     path = _claim(config)
     (path / "config.yaml").write_text(invocation.yaml)
-    words = ["shoestring", invocation.verb, *invocation.arguments, *invocation.overrides]
-    (path / "command.txt").write_text(shlex.join(words) + "\n")
+    (path / "command.txt").write_text(shlex.join(invocation.command) + "\n")
     (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     return path
 
@@ -84,7 +83,7 @@ def versions() -> dict[str, object]:
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
-        # None where the sources are installed rather than checked out: a repository around them would be someone else's.
+        # None where the sources are installed, not checked out: a repository around them would be someone else's.
         "git": {"revision": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
         if tracked
         else None,

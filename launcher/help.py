@@ -4,6 +4,8 @@ shoestring --help           the verbs, the presets, the flags, a few commands to
 shoestring VERB --help      what the verb does, its keys with type, default and meaning
 """
 
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING
 from importlib import import_module
@@ -27,6 +29,7 @@ EXAMPLES = {
     "shoestring params run=deepseek_v3": "parameters and FLOPs without building the model",
     'eval "$(shoestring completion bash)"': "complete verbs, presets, keys and values (also zsh, fish)",
 }
+COMMENT = re.compile(r"^ {4}(\w+):.*? {2}# (.*)$", re.MULTILINE)
 
 
 def overview(verbs: Mapping[str, str]) -> str:
@@ -46,9 +49,10 @@ def describe(verb: str, module: Any) -> str:
     lines = [f"usage: shoestring {verb}{words}" + (" [KEY=VALUE ...] [FLAG ...]" if schema else ""), ""]
     lines += [module.SUMMARY, ""]
     if schema is RunConfig:
-        lines += [*_list_presets(), "", "flags", *_columns(FLAGS), ""]
+        flags = {flag: meaning for flag, meaning in FLAGS.items() if flag != "--version"}
+        lines += [*_list_presets(), "", "flags", *_columns(flags), ""]
     if schema:
-        lines += ["keys", *_list_keys(schema)]
+        lines += ["keys, with their defaults (every preset sets those that have none)", *_list_keys(schema)]
     return "\n".join(lines).rstrip()
 
 
@@ -59,12 +63,20 @@ def _list_presets() -> list[str]:
 
 def _list_keys(schema: type) -> list[str]:
     """Two columns: key with its default, and type with meaning."""
+    table = keys.table(schema)
+    comments = {owner: _read_comments(owner) for owner in {key.owner for key in table.values()}}
     rows = {}
-    for name, key in keys.table(schema).items():
+    for name, key in table.items():
         value = "" if key.default is MISSING else _write(key.default)
-        kind = key.rule.removeprefix("must be ")
-        rows[f"{name}={value}"] = f"{kind}; {key.comment}" if key.comment else kind
+        comment = comments[key.owner].get(name.rpartition(".")[2])
+        rows[f"{name}={value}"] = "; ".join(filter(None, (key.rule.removeprefix("must be "), comment)))
     return _columns(rows)
+
+
+def _read_comments(owner: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, inherited ones included: its one description, in the source."""
+    sources = (inspect.getsource(kind) for kind in reversed(owner.__mro__[:-1]))
+    return {name: comment for source in sources for name, comment in COMMENT.findall(source)}
 
 
 def _write(value: Any) -> str:

@@ -11,3 +11,10 @@ class Invocation:
     arguments: tuple[str, ...]  # words without "="
     overrides: tuple[str, ...]  # key=value
     yaml: str  # the composed configuration, nothing left to resolve
+    presets: str | None = None  # the folder behind --config-dir
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The words that lead to this configuration again."""
+        flag = () if self.presets is None else ("--config-dir", self.presets)
+        return ("shoestring", self.verb, *self.arguments, *self.overrides, *flag)

@@ -1,12 +1,11 @@
 """The configuration seen as a flat table of dotted keys, and the presets found beside it. Standard library only.
 
-    model.moe.experts -> Key(kind=int, default=0, comment="routed experts a layer; 0: every layer is dense")
+    model.moe.experts -> Key(kind=int, optional=False, default=0)
     {"model": ("deepseek_v2_lite", "deepseek_v3", "small", "tiny"), "run": (...)}
 
 Help, completion and error messages read this table, so that none of them loads Hydra or torch.
 """
 
-import inspect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -17,7 +16,6 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 PRESETS = Path(__file__).parent.parent / "configs"
-_COMMENT = re.compile(r"^ {4}(\w+):.*? {2}# (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,6 @@ class Key:
     kind: Any  # its annotation, without "| None"
     optional: bool
     default: Any  # dataclasses.MISSING: a value has to come from a preset or the command line
-    comment: str
 
     @property
     def rule(self) -> str:
@@ -91,22 +88,13 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 def _walk(schema: Any, prefix: str) -> Iterator[tuple[str, Key]]:
     hints = get_type_hints(schema)
-    comments = _comments(schema)
     for field in fields(schema):
         kind, optional = _strip_none(hints[field.name])
         if is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{field.name}.")
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        yield prefix + field.name, Key(schema, kind, optional, default, comments.get(field.name, ""))
-
-
-def _comments(schema: Any) -> dict[str, str]:
-    """The comment at the end of each field's line, those of inherited fields included."""
-    found: dict[str, str] = {}
-    for owner in reversed(schema.__mro__[:-1]):
-        found |= dict(_COMMENT.findall(inspect.getsource(owner)))
-    return found
+        yield prefix + field.name, Key(schema, kind, optional, default)
 
 
 def _strip_none(hint: Any) -> tuple[Any, bool]:

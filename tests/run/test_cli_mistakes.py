@@ -1,0 +1,185 @@
+"""Mistakes as a user makes them: each answered in a line or two with the key, the value, the rule, and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+
+# What is typed, and what the answer has to contain besides it.
+OVERRIDES = {
+    # a key or a preset that is not there, with the nearest that is
+    "model.num_layer=6": "did you mean model.num_layers?",
+    "optimiser.lr=3e-4": "did you mean optimizer.lr?",
+    "lr=3e-4": "did you mean optimizer.lr?",
+    "steps=10": "did you mean run.steps?",
+    "model.moe.expert=8": "did you mean model.moe.experts?",
+    "modle=tiny": "did you mean model?",
+    "+run.extra=1": "there is no key run.extra",
+    "hydra.run.dir=out": "there is no key hydra.run.dir",
+    "run=tinny": "did you mean tiny?",
+    "run=5": "must be one of deepseek_v2_lite, deepseek_v3, small, tiny",
+    "model=deepseek_v3_lite": "did you mean deepseek_v2_lite?",
+    "run=null": "must be one of",
+    # the wrong type
+    "run.steps=many": "must be an integer",
+    "run.steps=1.5": "must be an integer",
+    "run.steps=1e3": "must be an integer; did you mean 1000?",
+    "run.steps=": "must be an integer",
+    "run.steps=null": "must be an integer",
+    "run.steps=[1]": "must be an integer",
+    "optimizer.lr=fast": "must be a number",
+    "optimizer.lr=nan": "must be a finite number",
+    "optimizer.clip=inf": "must be a finite number",
+    "model.tied=maybe": "must be true or false",
+    "run.name=null": "must be a string",
+    "model.name=[a]": "must be a string",
+    "precision=fp16": "must be one of bf16, fp32, fp64",
+    "run.device=cudda": "must be one of auto, cpu, cuda, xpu; did you mean cuda?",
+    "optimizer.rate.shape=cosin": "did you mean cosine?",
+    "run.sinks=wandb": "did you mean [wandb]?",
+    "run.sinks=[wand]": "each one of tensorboard, wandb",
+    "data=stdlib": "must name one key of the section",
+    "model.moe=8": "must name one key of the section",
+    "model.moe={exprts: 4}": "did you mean model.moe.experts?",
+    # a value outside its range, or at odds with another
+    "model.num_layers=0": "must be positive",
+    "model.attention.rope_dim=15": "must be even",
+    "model.rope.factor=0.5": "must be at least 1",
+    "model.dense_layers=9": "must lie in 0..model.num_layers=4",
+    "model.moe.groups=3": "must divide model.moe.experts=8",
+    "model.moe.top_groups=5": "must not exceed model.moe.groups=4",
+    "model.moe.top_k=7": "must not exceed the 4 experts",
+    "model.moe.aux_alpha=-1": "must not be negative",
+    "model.mtp.depth=-1": "must not be negative",
+    "model.vocab_size=200": "must be at least 264",
+    "data.sequence_length=0": "must be at least 1",
+    "data.held_out=1": "must lie between 0 and 1",
+    "data.corpus=[]": "must name a text",
+    "data.workers=0": "must be at least 1",
+    "optimizer.lr=0": "must be positive",
+    "optimizer.beta2=1": "must be at least 0 and below 1",
+    "optimizer.rate.warmup_steps=-1": "must not be negative",
+    "optimizer.rate.stable=0.5": "must be null with optimizer.rate.shape=cosine",
+    "run.steps=-3": "must be positive",
+    "run.global_batch=0": "must be positive",
+    "run.micro_batch=3": "must divide run.global_batch=8",
+    "run.ramp.start=5": "must be a multiple of run.micro_batch=8",
+    "run.threads=0": "must be positive",
+    "run.id=a/b": "must be fit for a folder's name",
+    "run.id=..": "must be fit for a folder's name",
+    "run.seed=-1": "must not be negative",
+    "run.sample.temperature=-1": "must not be negative",
+    "parallel.pp=2": "must be 1",
+    "parallel.ep=0": "must be at least 1",
+    "cluster.price_per_device_hour=-1": "must not be negative",
+    # words that cannot be read
+    "run.steps=[1,2": "cannot be read",
+    "run.id='a": "cannot be read",
+    "run..steps=3": "is not a key",
+    "run.steps=1,2": "add --multirun",
+    "~run.steps": "cannot be deleted",
+    "model@other=tiny": "have one place",
+    "+run.steps=3": "write run.steps=3",
+    "run.name=${nobody}": "cannot be resolved",
+    "run.name=${oc.env:SHOESTRING_NOBODY}": "cannot be resolved",
+}
+LINES = {
+    ("trian",): ("trian", "did you mean train?"),
+    ("--hlep",): ("--hlep", "not a verb"),
+    ("params", "tiny"): ("tiny", "run=tiny"),
+    ("params", "--multirum"): ("--multirum", "did you mean --multirun?"),
+    ("params", "--cfg", "hydra"): ("--cfg=hydra", "must be job"),
+    ("params", "--cfg"): ("--cfg=", "must be job"),
+    ("params", "--config-dir", "nowhere"): ("--config-dir=nowhere", "must be a folder"),
+    ("params", "-m", "run.id=a", "run.seed=1,2"): ("run.id=a", "names one run"),
+    ("params", "-m", "run.seed=1,-2"): ("run.seed=-2", "must not be negative"),
+    ("params", "-m", "run.seed=range(1"): ("run.seed=range(1", "cannot be read"),
+    ("completion",): ("completion needs <shell>", "--help"),
+    ("completion", "bsh"): ("shell=bsh", "did you mean bash?"),
+    ("completion", "bash", "a=1"): ("a=1", "takes no keys"),
+}
+PRESETS = {
+    "run: {steps: [1\n": "is not YAML",
+    "run:\n\tsteps: 1\n": "is not YAML",
+    "run: {name: a, name: b}\n": "duplicate key",
+    "\0": "not YAML",
+    "run: {steeps: 1}\n": "run.steeps: there is no such key; did you mean run.steps? (in run/mine.yaml)",
+    "run: {steps: many}\n": "run.steps=many must be an integer (in run/mine.yaml)",
+    "run: {device: cudda}\n": "did you mean cuda? (in run/mine.yaml)",
+    "run: {name: null}\n": "run.name=null must be a string (in run/mine.yaml)",
+    "run: null\n": "run=null must be a section",
+    "run: 5\n": "5 stands where the keys of a section belong",
+    "- 5\n": "must hold keys and values, not a list",
+    "defaults:\n- override /model: nope\n": "model=nope must be one of",
+    "defaults: [nope]\n": "run=nope must be one of",
+    "defaults: nope\n": "defaults must be a list",
+    "run: {name: '${nope}'}\n": "run.name=${nope} cannot be resolved",
+    "run: {name: '${nope'}\n": "run.name",
+    "run: {name: mine}\n": "data.sequence_length, optimizer.lr, run.global_batch, run.micro_batch, run.steps must have",
+}
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the command prints about a mistake, checked for the manners every such answer has."""
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("shoestring: ") and err.endswith("\n")
+    assert 1 <= len(err.splitlines()) <= 2
+    assert "Traceback" not in err and "omegaconf" not in err.lower() and "full_key" not in err
+    return err
+
+
+@pytest.mark.parametrize("word", OVERRIDES)
+def test_override(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = answer(capsys, "params", word)
+    key, _, value = word.lstrip("+~").partition("=")
+    assert key.split("=")[0] in message
+    assert value.strip("[]'") in message or value == "{exprts: 4}"
+    assert OVERRIDES[word] in message
+
+
+@pytest.mark.parametrize("words", LINES, ids=" ".join)
+def test_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    message = answer(capsys, *words)
+    assert all(part in message for part in LINES[words])
+
+
+@pytest.mark.parametrize("text", PRESETS, ids=range(len(PRESETS)))
+def test_preset_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    assert PRESETS[text] in answer(capsys, "params", "--config-dir", str(tmp_path), "run=mine")
+
+
+def test_preset_that_names_no_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.yaml").write_text("run: {steps: 1}\n")
+    assert "# @package _global_" in answer(capsys, "params", f"--config-dir={tmp_path}", "run=mine")
+
+
+def test_preset_that_hides_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tiny.yaml").write_text("")
+    assert "rename yours" in answer(capsys, "params", "--config-dir", str(tmp_path))
+
+
+@pytest.mark.parametrize("words", [["params", "model.num_layer=6"], ["train", "run.steps=-3"], ["trian"]])
+def test_as_a_process(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher.cli", *words]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert 1 <= len(run.stderr.splitlines()) <= 2
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+    """A ValueError from a library, or any other exception, is not the user's to mend: exit code 1."""
+    for fault in ("json.loads('{')", "1 / 0"):
+        (tmp_path / "broken.py").write_text(f"import json\nSUMMARY = ''\ndef run(config, invocation):\n    {fault}\n")
+        code = "import sys; from launcher import cli; cli.VERBS['broken'] = 'broken'; sys.exit(cli.main(['broken']))"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert run.returncode == 1 and "Traceback" in run.stderr and "broken.py" in run.stderr
