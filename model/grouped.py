@@ -100,7 +100,7 @@ class GroupedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor, deferred: Deferred) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight, ends)
-        ctx.deferred = deferred
+        ctx.deferred, ctx.parameter = deferred, None if deferred is None else weight
         return grouped_rows(x, weight.flatten(1, -2).transpose(1, 2), ends)
 
     @staticmethod
@@ -116,7 +116,7 @@ class GroupedFunction(torch.autograd.Function):
 
         if ctx.deferred is None:
             return gx, compute(), None, None
-        ctx.deferred.append(WeightGradient(weight, compute))
+        ctx.deferred.append(WeightGradient(ctx.parameter, compute))
         return gx, None, None, None
 
 

@@ -31,7 +31,8 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, deferred: Deferred) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        ctx.deferred = deferred
+        # The parameter itself: what recomputation hands back as saved is a detached alias of it.
+        ctx.deferred, ctx.parameter = deferred, None if deferred is None else weight
         return x @ weight.flatten(0, -2).t()
 
     @staticmethod
@@ -46,7 +47,7 @@ class LinearFunction(torch.autograd.Function):
 
         if ctx.deferred is None:
             return gx, compute(), None
-        ctx.deferred.append(WeightGradient(weight, compute))
+        ctx.deferred.append(WeightGradient(ctx.parameter, compute))
         return gx, None, None
 
 
