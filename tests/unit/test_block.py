@@ -1,0 +1,92 @@
+"""A block as data: its segments in order are its forward, and its seams hold what is put into them."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import make_batch, make_config, make_denominators, make_model
+from torch import Tensor, nn
+
+from model.attention import Context
+from model.batch import Losses
+from model.block import Block, Lane
+from model.build import initialise
+from model.exchange import Layout, lay_out
+from model.rope import tables
+from model.transformer import Transformer
+
+CONFIG = make_config(mtp=1)
+
+
+def test_segments_have_the_names_and_lanes_that_runners_rely_on() -> None:
+    dense, routed = make_model(CONFIG).layers[:2]
+    assert [(s.name, s.lane) for s in dense.segments()] == [("attention", Lane.compute), ("mlp", Lane.compute)]
+    assert [(s.name, s.lane) for s in routed.segments()] == [
+        ("attention", Lane.compute),
+        ("dispatch", Lane.comm),
+        ("experts", Lane.compute),
+        ("combine", Lane.comm),
+        ("merge", Lane.compute),
+    ]
+    for segment in [*dense.segments(), *routed.segments()]:
+        assert isinstance(segment.module, nn.Module) == (segment.lane is Lane.compute)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_segments_run_one_by_one_are_the_forward(layer: int) -> None:
+    block: Block = make_model(CONFIG).layers[layer]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((2, 7, 12), generator=generator, dtype=torch.float64)
+    context = Context(*tables(CONFIG.rope, 6, torch.arange(7)))
+    entered: list[nn.Module] = []
+    for segment in block.segments():
+        if isinstance(segment.module, nn.Module):
+            segment.module.register_forward_hook(lambda module, args, out: entered.append(module))
+    carry: Any = x
+    for segment in block.segments():
+        carry = segment.module(carry, context)
+    once = list(entered)
+    out = block(x, context)
+    assert torch.equal(carry.x, out.x)
+    assert (out.routing is None) == (layer == 0)
+    # Compute segments are entered through __call__, so hooks fire, in the forward as well.
+    assert once == [s.module for s in block.segments() if s.lane is Lane.compute] and entered == once + once
+
+
+def forward_backward(model: Transformer) -> tuple[Losses, list[Tensor]]:
+    losses = model(make_batch(CONFIG, documents=True, padding=True), make_denominators(CONFIG))
+    losses.total.backward()
+    return losses, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def make_with_seams(**seams: Any) -> Transformer:
+    model = Transformer(CONFIG, **seams).double()
+    initialise(model, 0)
+    return model
+
+
+class Reversed:
+    """An exchange to a rank that holds the tokens in the opposite order, and back."""
+
+    def dispatch(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Layout]:
+        return tokens.flip(0), lay_out(experts.flip(0), CONFIG.moe.experts, CONFIG.moe.pad)
+
+    def combine(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+        last = len(layout.slots) - 1
+        return rows, layout._replace(source=last - layout.source, slots=layout.slots.flip(0))
+
+
+def whole_square(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    assert documents is not None
+    seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    return (q @ k.transpose(-1, -2)).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("seams", [{"exchange": Reversed()}, {"core": whole_square}], ids=["exchange", "core"])
+def test_a_seam_may_be_filled_with_anything_that_computes_the_same(seams: dict[str, Any]) -> None:
+    expected, expected_gradients = forward_backward(make_with_seams())
+    losses, gradients = forward_backward(make_with_seams(**seams))
+    torch.testing.assert_close(losses.total, expected.total, atol=1e-12, rtol=0)
+    assert torch.equal(losses.load, expected.load)
+    for ours, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-12, rtol=0)
