@@ -76,13 +76,13 @@ class LatentAttention(nn.Module):
         """[B, S, H] -> [B, S, H]."""
         q, latent, key = self._project(x, context)
         if context.cache is not None:
-            return self._generate(q, *context.cache.extend(self.layer, latent, key), context)
+            return self._generate(q, *context.cache.extend(self.layer, latent, key))
         k, v = self._expand(latent, key, context.deferred)
-        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.documents)
+        out = self.core(q, k, v, context.documents)
         return self.o(out.transpose(1, 2).flatten(2), context.deferred)
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, heads, D] rotated and scaled, kv latent [B, S, kv_rank] normalised, key [B, S, rope] rotated."""
+        """Queries [B, heads, S, D] rotated and scaled, normed kv latent [B, S, kv_rank], rotated key [B, S, rope]."""
         a, deferred = self.sizes, context.deferred
         if a.q_rank is None:
             q = self.q(x, deferred)
@@ -90,21 +90,24 @@ class LatentAttention(nn.Module):
         else:
             q_latent, latent, key = self.q_kv_a(x, deferred).split((a.q_rank, a.kv_rank, a.rope_dim), dim=-1)
             q = self.q_b(self.q_norm(q_latent), deferred)
-        q = q.unflatten(-1, (a.heads, -1)) * self.scale
-        q_nope, q_rope = q.split((a.nope_dim, a.rope_dim), dim=-1)
+        q_nope, q_rope = self._heads(q * self.scale).split((a.nope_dim, a.rope_dim), dim=-1)
         q = torch.cat((q_nope, rotate(q_rope, context.cos, context.sin)), dim=-1)
-        return q, self.kv_norm(latent), rotate(key[:, :, None], context.cos, context.sin)[:, :, 0]
+        return q, self.kv_norm(latent), rotate(key, context.cos, context.sin)
 
     def _expand(self, latent: Tensor, key: Tensor, deferred: Deferred) -> tuple[Tensor, Tensor]:
-        """Keys [B, S, heads, D] and values [B, S, heads, V] of latents."""
+        """Keys [B, heads, S, D] and values [B, heads, S, V] of latents."""
         a = self.sizes
-        k, v = self.kv_b(latent, deferred).unflatten(-1, (a.heads, -1)).split((a.nope_dim, a.v_dim), dim=-1)
-        return torch.cat((k, key[:, :, None].expand(-1, -1, a.heads, -1)), dim=-1), v
+        k, v = self._heads(self.kv_b(latent, deferred)).split((a.nope_dim, a.v_dim), dim=-1)
+        return torch.cat((k, key[:, None].expand(-1, a.heads, -1, -1)), dim=-1), v.contiguous()
 
-    def _generate(self, q: Tensor, latent: Tensor, key: Tensor, context: Context) -> Tensor:
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, S, heads * width] -> [B, heads, S, width]."""
+        return x.unflatten(-1, (self.sizes.heads, -1)).transpose(1, 2)
+
+    def _generate(self, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
         """The last S of all cached tokens attend to everything before them."""
         k, v = self._expand(latent, key, None)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+        scores = q @ k.mT
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(future.triu(1 + scores.shape[-1] - scores.shape[-2]), float("-inf"))
-        return self.o(torch.einsum("bhqk,bkhv->bqhv", scores.softmax(-1).to(v.dtype), v).flatten(2))
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))

@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.core import Core, attend
 from model.exchange import Exchange, Layout, LocalExchange, permute, unpermute
 from model.experts import Experts, SwiGLU
+from model.recompute import runner
 from model.router import Router, Routing
 
 
@@ -78,8 +79,13 @@ class AttentionSegment(nn.Module):
         self.mla = LatentAttention(config, layer, core)
         self.mlp_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.router = Router(config) if config.is_moe(layer) else None
+        self.run = runner(config)
 
     def forward(self, x: Tensor, context: Context) -> Attended:
+        return self.run(self.body, x, context)
+
+    def body(self, x: Tensor, context: Context) -> Attended:
+        """What recomputation repeats."""
         residual = x + self.mla(self.norm(x), context)
         normed = self.mlp_norm(residual)
         return Attended(residual, normed, self.router(normed) if self.router is not None else None)
@@ -91,8 +97,13 @@ class MLPSegment(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.swiglu = SwiGLU(config.hidden, config.ffn)
+        self.run = runner(config)
 
     def forward(self, carry: Attended, context: Context) -> BlockOutput:
+        return self.run(self.body, carry, context)
+
+    def body(self, carry: Attended, context: Context) -> BlockOutput:
+        """What recomputation repeats."""
         return BlockOutput(carry.residual + self.swiglu(carry.normed, context.deferred), None)
 
 
@@ -104,8 +115,13 @@ class ExpertsSegment(nn.Module):
         moe = config.moe
         self.routed = Experts(moe.experts, config.hidden, moe.ffn)
         self.shared = SwiGLU(config.hidden, moe.ffn * moe.shared_experts) if moe.shared_experts else None
+        self.run = runner(config)
 
     def forward(self, carry: Dispatched, context: Context) -> Computed:
+        return self.run(self.body, carry, context)
+
+    def body(self, carry: Dispatched, context: Context) -> Computed:
+        """What recomputation repeats."""
         (residual, normed, routing), layout = carry.attended, carry.layout
         assert routing is not None
         rows = self.routed(permute(carry.received, layout), layout.ends, context.deferred)

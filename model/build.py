@@ -1,8 +1,8 @@
 """Building a model whose weights depend on (seed, name, leading index) and on nothing else.
 
-Every row of a matrix, and every expert of an expert weight, has its own stream: Philox (Salmon et al., SC'11) keyed by a
-hash of seed, global name and index, drawn on the CPU in float32. A rank that holds some rows or experts draws just those,
-and gets the numbers it would have got on any other layout. Norms start at one, selection biases at zero.
+Every row of a matrix, and every expert of an expert weight, has its own stream: Philox (Salmon et al., SC'11) keyed by
+a hash of seed, global name and index, drawn on the CPU in float32. A rank that holds some rows or experts draws just
+those, and gets the numbers it would have got on any other layout. Norms start at one, selection biases at zero.
 """
 
 import hashlib

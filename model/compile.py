@@ -1,8 +1,8 @@
 """torch.compile, one compute segment at a time.
 
-Segments of one kind share their code, so a model of any depth compiles a handful of graphs: attention with and without a
-router, experts, merge, the dense feed-forward part. Communication stays outside; so do runs that put weight gradients off
-(``deferred``) and generation (its cache grows every token), which execute the same segments eagerly.
+Segments of one kind share their code, so a model of any depth compiles a handful of graphs: attention with and without
+a router, experts, merge, the dense feed-forward part. Communication stays outside; so do runs that put weight gradients
+off (``deferred``) and generation (its cache grows every token), which execute the same segments eagerly.
 """
 
 import torch

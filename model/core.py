@@ -7,10 +7,11 @@ Queries go in blocks; block i sees keys 0 .. end of block i, so half of the squa
     block 1 [####\\    ]
     block 2 [######\\  ]
 
-Shapes: q, k [B, heads, S, D], v [B, heads, S, V], documents [B, S] or None, result [B, heads, S, V]. The softmax scale is
-already in q. This is a seam: whatever has the shape of ``Core`` may take its place.
+Shapes: q, k [B, heads, S, D], v [B, heads, S, V], documents [B, S] or None, result [B, heads, S, V]. The softmax
+scale is already in q. This is a seam: whatever has the shape of ``Core`` may take its place.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -31,16 +32,16 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-def _probabilities(q: Tensor, k: Tensor, documents: Tensor | None, rows: tuple[int, int]) -> Tensor:
-    """Softmax of one block's scores [B * heads, rows, end]."""
-    start, end = rows
+def _probabilities(q: Tensor, k: Tensor, documents: Tensor | None, start: int, out: Tensor) -> None:
+    """Softmax of the scores of the block from row ``start``, written to ``out`` [B * heads, rows, end]."""
+    end = out.shape[2]
     scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
     future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu_(1)
     scores[:, :, start:].masked_fill_(future, float("-inf"))
     if documents is not None:
         other = documents[:, start:end, None] != documents[:, None, :end]
         scores.view(len(documents), -1, *scores.shape[1:]).masked_fill_(other[:, None], float("-inf"))
-    return torch.softmax(scores, dim=-1)
+    torch.softmax(scores, dim=-1, out=out)
 
 
 @torch.library.custom_op("shoestring::attention", mutates_args=())
@@ -50,18 +51,25 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     kept = q.new_empty(_kept_size(len(q), length))
-    position = 0
-    for start, end in _blocks(length):
-        p = _probabilities(q, k, documents, (start, end))
+    for (start, end), p in zip(_blocks(length), _split(kept, q), strict=True):
+        _probabilities(q, k, documents, start, out=p)
         torch.bmm(p, v[:, :end], out=out[:, start:end])
-        if len(kept):
-            kept[position : position + p.numel()] = p.flatten()
-            position += p.numel()
     return out.view(shape), kept
 
 
 def _kept_size(batch: int, length: int) -> int:
     return 0 if length > KEEP_LENGTH else batch * sum((end - start) * end for start, end in _blocks(length))
+
+
+def _split(kept: Tensor, q: Tensor) -> list[Tensor]:
+    """The probabilities [B * heads, rows, end] of every block: parts of ``kept``, or one scratch for all."""
+    shapes = [(len(q), end - start, end) for start, end in _blocks(q.shape[1])]
+    if len(kept):
+        return [
+            part.view(shape) for part, shape in zip(kept.split([math.prod(s) for s in shapes]), shapes, strict=True)
+        ]
+    scratch = q.new_empty(max(math.prod(shape) for shape in shapes))
+    return [scratch[: math.prod(shape)].view(shape) for shape in shapes]
 
 
 @_forward.register_fake
@@ -75,17 +83,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     shapes = q.shape, k.shape, v.shape
-    length = q.shape[2]
     g, q, k, v = (t.flatten(0, 1) for t in (g, q, k, v))
     gq, gk, gv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    position = kept.numel()
-    for start, end in reversed(_blocks(length)):
-        if len(kept):
-            size = len(q) * (end - start) * end
-            position -= size
-            p = kept[position : position + size].view(len(q), end - start, end)
-        else:
-            p = _probabilities(q, k, documents, (start, end))
+    for (start, end), p in zip(_blocks(q.shape[1]), _split(kept, q), strict=True):
+        if not len(kept):
+            _probabilities(q, k, documents, start, out=p)
         gp = torch.bmm(g[:, start:end], v[:, :end].transpose(1, 2))
         gs = torch._softmax_backward_data(gp, p, -1, p.dtype)
         torch.bmm(gs, k[:, :end], out=gq[:, start:end])

@@ -2,7 +2,7 @@
 
 Expert rows are laid out expert by expert, each run padded to a multiple of ``pad`` so that product shapes repeat:
 
-    rows  | expert 0 . . pad | expert 1 . pad | ... | unused |      P = T K + E (pad - 1) rounded up: the same every step
+    rows  | expert 0 . . pad | expert 1 . pad | ... | unused |     P = T K + E (pad - 1) rounded up: the same every step
     source[p]   the input row that slot p holds (0 for padding: read, never returned)
     slots[t,k]  the slot of token t's k-th choice
 

@@ -7,8 +7,8 @@
     input gradient   gx[s:e] = gy[s:e] W[i]
     weight gradient  gW[i]   = gy[s:e]^T x[s:e]
 
-Rows past the last end are padding: they are zero in every result. Shapes: x [P, I], W [E, O, I] or [E, parts, O/parts, I],
-ends [E] int32 ascending, y [P, O]. How the products run is one row per device type in ``PRODUCTS``.
+Rows past the last end are padding: they are zero in every result. Shapes: x [P, I], W [E, O, I] or
+[E, parts, O/parts, I], ends [E] int32 ascending, y [P, O]. How the products run is one row per device type in ``PRODUCTS``.
 """
 
 from typing import NamedTuple, Protocol

@@ -26,7 +26,7 @@ Deferred = list[WeightGradient] | None
 
 
 class LinearFunction(torch.autograd.Function):
-    """y = x W^T. With a list in ``deferred``, the backward appends the weight gradient to it instead of returning it."""
+    """y = x W^T. With a list in ``deferred``, the backward appends the weight gradient to it and returns none."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, deferred: Deferred) -> Tensor:  # type: ignore[no-untyped-def]

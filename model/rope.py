@@ -1,7 +1,8 @@
 """Rotary positions (RoFormer, arXiv 2104.09864) and YaRN's stretching of them (arXiv 2309.00071).
 
-Pair i of R/2 turns by angle position * theta^(-2i/R). The pair is (x[i], x[i + R/2]): weights published with neighbouring
-pairs are permuted once, on loading (model/huggingface.py). Tables are float32 whatever the model's dtype, as published.
+Pair i of R/2 turns by angle position * theta^(-2i/R). The pair is (x[i], x[i + R/2]): weights published with
+neighbouring pairs are permuted once, on loading (model/huggingface.py). Tables are float32 whatever the model's dtype,
+as published.
 """
 
 import math
@@ -46,7 +47,6 @@ def softmax_scale(rope: RopeConfig, attention: AttentionConfig) -> float:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., S, heads, dim] turned by tables [S, dim / 2]; computed in the wider of float32 and x's dtype."""
+    """x [..., S, dim] turned by tables [S, dim / 2]; computed in the wider of float32 and x's dtype."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -65,6 +65,7 @@ class Transformer(nn.Module):
         x, routings = self._trunk(batch.ids[:, :length], context)
         sums = [self._cross_entropy(self.norm(x), batch, 0)]
         for d, module in enumerate(self.mtp, start=1):
+            assert isinstance(module, MTPModule)
             x, routing = module(x, self.embedding(batch.ids[:, d : d + length]), context)
             routings.append(routing)
             sums.append(self._cross_entropy(module.norm(x), batch, d))

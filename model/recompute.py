@@ -1,0 +1,60 @@
+"""Recomputation: what the backward of a compute segment computes again instead of keeping.
+
+    none        keep everything the backward reads
+    selective   keep products and the attention core; compute again norms, MLA up-projections, SwiGLU, permutations
+    full        keep the segment's input only
+
+Selective is DeepSeek-V3's choice (section 3.2.3). Routing decisions are kept whatever the policy, and communication is
+outside of compute segments, so that a second forward cannot route a token elsewhere, count it twice or talk to anyone.
+Statistics leave a segment as outputs of its first forward. Built on torch's selective activation checkpointing.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from model.config import ModelConfig, Recompute
+
+DECISIONS = (torch.ops.aten.topk.default,)
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.shoestring.grouped_rows.default,
+    torch.ops.shoestring.attention.default,
+)
+Runner = Callable[..., Any]
+
+
+def up_projections(config: ModelConfig) -> frozenset[tuple[int, int]]:
+    """Sizes (inner, outer) of the products that widen a latent to all heads: cheap to repeat, large to keep."""
+    a = config.attention
+    sizes = {(a.kv_rank, a.heads * (a.nope_dim + a.v_dim))}
+    if a.q_rank is not None:
+        sizes.add((a.q_rank, a.heads * (a.nope_dim + a.rope_dim)))
+    return frozenset(sizes)
+
+
+def _policy(
+    kept: tuple[Any, ...], repeated: frozenset[tuple[int, int]], context: Any, op: Any, *args: Any, **options: Any
+) -> Any:
+    if op in kept and not (op is torch.ops.aten.mm.default and tuple(args[1].shape) in repeated):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def runner(config: ModelConfig) -> Runner:
+    """How a compute segment runs its body: ``runner(body, carry, context)``."""
+    if config.recompute is Recompute.none:
+        return lambda body, *inputs: body(*inputs)
+    kept = DECISIONS if config.recompute is Recompute.full else DECISIONS + PRODUCTS
+    policy = partial(_policy, kept, up_projections(config))
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    return partial(_run, contexts)
+
+
+def _run(contexts: Callable[[], Any], body: Callable[..., Any], *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return body(*inputs)
+    return checkpoint(body, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
