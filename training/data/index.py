@@ -24,7 +24,7 @@ from training.data.tokens import Shard, TokenFile
 NAME = "index.json"
 FORMAT = 1
 REPAIR = "delete the file and run `shoestring prepare` again: only what is missing is made anew"
-READ = 1 << 24  # bytes checksummed at once: a thread holds no more
+READ = 1 << 20  # bytes checksummed at once
 
 
 class Index(NamedTuple):
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> Index:
         version = content.pop("format")
         rows = content.pop("splits")
         index = Index(**content, splits={split: [Shard(**row) for row in rows[split]] for split in SPLITS})
-        damaged = index.digest != expected
+        damaged = index.digest != expected or index.dtype not in ("<u2", "<u4")
     except (ValueError, TypeError, KeyError, AttributeError):
         damaged = True
     if damaged:
@@ -102,7 +102,7 @@ def verify(folder: Path, index: Index, budget: float) -> int:
     for shard in shards:
         _check_size(folder / shard.file, shard.count_bytes(itemsize))
     total = sum(shard.count_bytes(itemsize) for shard in shards)
-    chosen = _spread(shards, budget / total if total else 1.0)
+    chosen = _spread(shards, min(1.0, budget / max(1, total)))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for shard, found in zip(chosen, threads.map(lambda s: _checksum(folder / s.file), chosen), strict=True):
             if found != shard.crc32:
@@ -116,7 +116,9 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing. Run `shoestring prepare`: only that is made anew") from None
+        raise ValueError(
+            f"{path} is missing. Run `shoestring prepare` with the text as data.corpus: only that file is made anew"
+        ) from None
     if size != expected:
         change = "truncated" if size < expected else "too long"
         raise ValueError(f"{path} is {change}: it has {size} bytes, not {expected}. {REPAIR}")
@@ -124,7 +126,7 @@ def _check_size(path: Path, expected: int) -> None:
 
 def _spread(shards: Sequence[Shard], share: float) -> list[Shard]:
     """``share`` of the shards, every so-manieth; all of them where it reaches 1."""
-    count = min(len(shards), int(share * len(shards)))
+    count = int(share * len(shards))
     return [shards[i * len(shards) // count] for i in range(count)]
 
 

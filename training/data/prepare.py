@@ -48,11 +48,10 @@ def prepare(config: DataConfig, report: Report = print, thorough: bool = False) 
     tokenizer = load_tokenizer(config.tokenizer, config.eos)
     folder = _find_prepared(config, tokenizer)
     if folder is None:
-        job = _plan_job(config, tokenizer)
-        folder = job.folder
-        if not is_complete(folder):
-            _notice_change(job, report)
-            make(job, config.workers or os.cpu_count() or 1, report)
+        try:
+            folder = _make(config, tokenizer, report)
+        except OSError as error:  # a text that may not be read, a folder that may not be written, a full disk
+            raise ValueError(f"data.corpus={','.join(config.corpus)} in data.folder={config.folder}: {error}") from None
     index = read_index(folder)
     verified = verify(folder, index, float("inf") if thorough else config.verify_gigabytes * 1e9)
     train, held_out = (index.open(folder, split) for split in SPLITS)
@@ -77,15 +76,23 @@ def _find_prepared(config: DataConfig, tokenizer: Tokenizer) -> Path | None:
     return folder
 
 
+def _make(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Path:
+    job = _plan_job(config, tokenizer)
+    if not is_complete(job.folder):
+        _notice_change(job, report)
+        make(job, config.workers or len(os.sched_getaffinity(0)), report)
+    return job.folder
+
+
 def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
     sources = find_sources(config.corpus)
     survey = take_survey(sources, config.held_out)
     for split in SPLITS:
         if not survey.documents[split]:
             raise ValueError(
-                f"data.held_out={config.held_out} leaves {split} empty: data.corpus={','.join(config.corpus)} "
-                f"has {sum(survey.documents.values())} documents, and whole files of a folder are held out. "
-                "Name more text, another share, or a single file: that is cut in two"
+                f"data.held_out={config.held_out} leaves {split} empty: {sum(survey.documents.values())} text files in "
+                f"data.corpus={','.join(config.corpus)}, held out by whole files. Name more text, a larger share, or a "
+                "single file, which is cut in two"
             )
     identity = {
         "corpus": survey._asdict(),
