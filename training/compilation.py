@@ -8,13 +8,11 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from configs.schema import TrainConfig
 from model.count import flops_per_token
 from training.config import Compile
-
-if TYPE_CHECKING:
-    from configs.schema import TrainConfig
 
 
 class Price(NamedTuple):
@@ -28,7 +26,7 @@ class Price(NamedTuple):
 PRICES = {"cpu": Price(60.0, 1.3, 1e11), "accelerator": Price(90.0, 1.5, 1e14)}
 
 
-def decide_compile(config: "TrainConfig", device_type: str) -> tuple[bool, str]:
+def decide_compile(config: TrainConfig, device_type: str) -> tuple[bool, str]:
     """Whether to compile for ``device_type`` ("cpu", "cuda", ...), and why, in a line.
 
     Raises ValueError where ``run.compile=on`` and something that compiling needs is missing.

@@ -4,33 +4,29 @@ About the first ``run.eval_tokens`` tokens of the held-out split are read, in it
 training shape, so that compiled segments meet no new one.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from model.batch import Batch, Denominators, count_labels
-
-if TYPE_CHECKING:
-    from training.setup import Setup
+from training.setup import Setup
 
 
-def count_sequences(setup: "Setup") -> int:
+def count_sequences(setup: Setup) -> int:
     """Sequences an evaluation reads: whole micro-batches, no sequence twice unless the split is shorter than one."""
     run = setup.config.run
-    wanted = min(run.eval_tokens // setup.held_out.sequence_length, setup.held_out.sequences)
+    wanted = min(run.eval_tokens // setup.text.held_out.sequence_length, setup.text.held_out.sequences)
     return max(1, wanted // run.micro_batch) * run.micro_batch
 
 
 @torch.no_grad()
-def evaluate(setup: "Setup") -> float:
+def evaluate(setup: Setup) -> float:
     """Mean cross entropy of the held-out split in nats a token."""
     depth, size = setup.config.model.mtp.depth, setup.config.run.micro_batch
     # What a loss would be divided by for a backward: the sums that are read here come undivided.
     denominators = Denominators((1.0,) * (1 + depth), 1.0)
     total, labels = torch.zeros((), dtype=torch.float64, device=setup.device), 0
     for first in range(0, count_sequences(setup), size):
-        batch = move(setup.held_out.read(first, size), setup.device)
+        batch = move(setup.text.held_out.read(first, size), setup.device)
         labels += count_labels(batch, depth)[0]
         total += setup.model(batch, denominators).sums[0]
     return total.item() / max(1, labels)

@@ -67,10 +67,10 @@ def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder:
 
 def measure_bigram(setup: Setup) -> float:
     """The loss of a bigram model on the labels that ``evaluate`` reads; NaN where its table would be too large."""
-    vocabulary = setup.tokenizer.vocab_size
+    vocabulary = setup.text.tokenizer.vocab_size
     if vocabulary > bigram.LARGEST:
         return math.nan
-    return bigram.bigram_loss(setup.train.tokens, setup.held_out, vocabulary, count_sequences(setup))
+    return bigram.bigram_loss(setup.text.train.tokens, setup.text.held_out, vocabulary, count_sequences(setup))
 
 
 def write_sample(setup: Setup, path: Path) -> str:
@@ -78,7 +78,7 @@ def write_sample(setup: Setup, path: Path) -> str:
     sampling = setup.config.run.sample
     # The cache grows with every token: compiled segments would be compiled anew for each.
     with torch.compiler.set_stance("force_eager"):
-        text = sampling.prompt + "".join(continue_text(setup.model, setup.tokenizer, sampling))
+        text = sampling.prompt + "".join(continue_text(setup.model, setup.text.tokenizer, sampling))
     path.write_text(text, encoding="utf-8")
     return text
 

@@ -11,9 +11,8 @@ Ctrl-C, and losses that are not finite for too long, end the steps early; what t
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from model.count import flops_per_token
+from configs.schema import TrainConfig
 from training.evaluate import evaluate
 from training.finish import Ending, Outcome, Summary, finish
 from training.interrupt import Interrupt
@@ -24,11 +23,8 @@ from training.sinks import open_sinks
 from training.step import run_step
 from training.view import Gauge, View, open_view
 
-if TYPE_CHECKING:
-    from configs.schema import TrainConfig
 
-
-def train(config: "TrainConfig", folder: Path, price_per_device_hour: float = 0.0) -> Summary:
+def train(config: TrainConfig, folder: Path, price_per_device_hour: float = 0.0) -> Summary:
     """Trains as ``config`` says; ``folder`` exists and gets ``metrics.jsonl``, ``weights/`` and ``sample.txt``.
 
     Raises ValueError for mistakes in the configuration that only show here: see ``set_up`` and ``open_sinks``.
@@ -36,13 +32,7 @@ def train(config: "TrainConfig", folder: Path, price_per_device_hour: float = 0.
     with Record(folder / "metrics.jsonl", open_sinks(config.run.sinks, folder)) as record:
         setup = set_up(config, report=print)
         record.write("start", **setup.facts)
-        gauge = Gauge(
-            steps=config.run.steps,
-            batches=setup.schedule,
-            flops_per_token=flops_per_token(config.model, config.data.sequence_length),
-            device=setup.facts["device"],
-            price=price_per_device_hour,
-        )
+        gauge = Gauge(config, setup.schedule, setup.facts["device"], price_per_device_hour)
         with open_view(gauge) as view, Interrupt(view.note) as interrupt:
             outcome = run_steps(setup, record, view, interrupt)
             if config.checkpoint.save:

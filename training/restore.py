@@ -1,8 +1,8 @@
 """A trained model, from a run's configuration and its saved weights."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from configs.schema import TrainConfig
 from model.build import allocate
 from model.transformer import Transformer
 from training import determinism
@@ -10,11 +10,8 @@ from training.config import Device
 from training.data.tokenizer import Tokenizer, load_tokenizer
 from training.save import load
 
-if TYPE_CHECKING:
-    from configs.schema import TrainConfig
 
-
-def restore(config: "TrainConfig", weights: Path, device: Device, threads: int | None) -> tuple[Transformer, Tokenizer]:
+def restore(config: TrainConfig, weights: Path, device: Device, threads: int | None) -> tuple[Transformer, Tokenizer]:
     """The model that ``config`` trained, with the ``weights`` saved, on ``device``; and its tokenizer.
 
     Raises ValueError for a device that is not there and for weights that are missing, damaged or another model's.

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from model.batch import Batch, Denominators, count_labels
+from model.batch import Batch, Denominators, Losses, count_labels
 from model.statistics import measure_balance
-from model.transformer import Transformer
 from training.determinism import measure_peak_memory
 from training.evaluate import move
 from training.metrics import StepRow
@@ -36,7 +35,7 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
     """Takes step ``step``. Returns None, and leaves everything as it was, if ``stop`` says so between micro-batches."""
     started, config = monotonic(), setup.config
     plan = setup.schedule.plan(step, config.run.micro_batch)
-    batches = [move(setup.train.read(first, count), setup.device) for first, count in plan]
+    batches = [move(setup.text.train.read(first, count), setup.device) for first, count in plan]
     denominators = count_denominators(batches, config.model.mtp.depth)
     setup.optimizer.begin()
     totals = accumulate(setup.model, batches, denominators, stop)
@@ -78,14 +77,17 @@ def count_denominators(batches: Sequence[Batch], depth: int) -> Denominators:
 
 
 def accumulate(
-    model: Transformer, batches: Sequence[Batch], denominators: Denominators, stop: Callable[[], bool]
+    forward: Callable[[Batch, Denominators], Losses],
+    batches: Sequence[Batch],
+    denominators: Denominators,
+    stop: Callable[[], bool],
 ) -> Totals | None:
-    """Adds the gradients of every micro-batch and returns the sums, or None once ``stop`` says so."""
+    """Runs every micro-batch forward and backward and returns the sums, or None once ``stop`` says so."""
     totals = None
     for batch in batches:
         if stop():
             return None
-        losses = model(batch, denominators)
+        losses = forward(batch, denominators)
         losses.total.backward()
         here = Totals(losses.sums, losses.aux, losses.load)
         totals = here if totals is None else Totals(*(a + b for a, b in zip(totals, here, strict=True)))

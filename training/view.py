@@ -8,10 +8,11 @@ The imbalance is that of the worst layer: 0 when all experts get the same.
 
 import sys
 from collections import deque
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Protocol, Self
 
+from configs.schema import TrainConfig
+from model.count import flops_per_token
 from training.metrics import StepRow
 from training.peaks import find_peak
 from training.ramp import BatchSchedule
@@ -20,21 +21,21 @@ PAUSE = 5.0  # seconds between plain lines
 WINDOW = 20  # steps whose speed the forecast is made from
 
 
-@dataclass
 class Gauge:
-    """Turns a step's row into words. One for a run: it remembers the last steps' speed for the forecast."""
+    """Turns a step's row into words. One for a run: it remembers when it began, and the last steps' speed."""
 
-    steps: int
-    batches: BatchSchedule
-    flops_per_token: float
-    device: str  # its name
-    price: float  # of the devices used, an hour
-    started: float = field(default_factory=monotonic)
-    _pace: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    def __init__(self, config: TrainConfig, schedule: BatchSchedule, device: str, price: float) -> None:
+        """``device`` is its name; ``price`` is that of the devices used, an hour."""
+        self.steps, self.price = config.run.steps, price
+        self._flops = flops_per_token(config.model, config.data.sequence_length)
+        self._peak = find_peak(device)
+        self._schedule = schedule
+        self._started = monotonic()
+        self._pace: deque[float] = deque(maxlen=WINDOW)  # seconds a sequence
 
     def elapsed(self) -> float:
         """Seconds so far."""
-        return monotonic() - self.started
+        return monotonic() - self._started
 
     def cost(self) -> float:
         """Money spent so far."""
@@ -51,13 +52,13 @@ class Gauge:
         return "  ".join(parts)
 
     def _speed(self, row: StepRow) -> str:
-        speed, peak = row.tokens_per_second * self.flops_per_token, find_peak(self.device)
-        return f"{100 * speed / peak:.1f}% MFU" if peak else f"{shorten(speed)}FLOP/s"
+        speed = row.tokens_per_second * self._flops
+        return f"{100 * speed / self._peak:.1f}% MFU" if self._peak else f"{shorten(speed)}FLOP/s"
 
     def _remaining(self, row: StepRow) -> float:
         """Seconds to the end at the median speed of the last steps: the first one, which compiles, counts little."""
-        self._pace.append(row.seconds / self.batches.size(row.step))
-        return sorted(self._pace)[len(self._pace) // 2] * (self.batches.before(self.steps) - row.cursor)
+        self._pace.append(row.seconds / self._schedule.size(row.step))
+        return sorted(self._pace)[len(self._pace) // 2] * (self._schedule.before(self.steps) - row.cursor)
 
 
 class View(Protocol):

@@ -1,0 +1,42 @@
+"""The text of a run: its tokenizer and its two splits, packed into sequences."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from configs.schema import TrainConfig
+from training.data.batches import Batches
+from training.data.prepare import prepare
+from training.data.tokenizer import Tokenizer, check_vocabulary
+from training.data.tokens import TokenFile
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a model is trained on and measured with."""
+
+    tokenizer: Tokenizer
+    train: Batches  # shuffled
+    held_out: Batches  # in the order of the split
+    digest: str  # names the data in the record
+
+
+def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
+    """Prepares the text where it is not yet, and opens it.
+
+    Raises ValueError for damaged token files and for a tokenizer with more tokens than the model.
+    """
+    data = prepare(config.data, report)
+    check_vocabulary(data.tokenizer, config.model.vocab_size)
+    train, held_out = _pack(config, data.train, shuffle=True), _pack(config, data.held_out, shuffle=False)
+    return Text(data.tokenizer, train, held_out, data.index.digest)
+
+
+def _pack(config: TrainConfig, tokens: TokenFile, shuffle: bool) -> Batches:
+    return Batches(
+        tokens,
+        sequence_length=config.data.sequence_length,
+        lookahead=1 + config.model.mtp.depth,
+        seed=config.data.seed,
+        mask_documents=config.data.mask_documents,
+        shuffle=shuffle,
+    )
