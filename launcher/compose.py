@@ -6,6 +6,7 @@ Hydra's public compose API is used, never its decorator: no folder is made, no d
 Every mistake leaves this file as a ``ValueError`` of a line or two that names the dotted key, the value and the rule.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -123,7 +124,7 @@ def compose_plain(schema: type, overrides: tuple[str, ...]) -> tuple[Any, str]:
             if key not in table:
                 raise ValueError(f"{word}: there is no key {key}{keys.nearest(key, table)}")
             verbatim = table[key].kind is str and not (raw == "null" and table[key].optional)
-            value = raw if verbatim else _parse_one(parser, word).value()
+            value = _escape(raw) if verbatim else _parse_one(parser, word).value()
             check_type(table, key, value, raw)
             OmegaConf.update(tree, key, value)
         return build(schema, tree), OmegaConf.to_yaml(tree, resolve=True)
@@ -160,6 +161,11 @@ def _parse_one(parser: OverridesParser, word: str) -> Override:
         return parser.parse_overrides([word])[0]
     except OverrideParseException as error:
         raise ValueError(explain_word(word, error)) from error
+
+
+def _escape(text: str) -> str:
+    """``text`` as OmegaConf has to see it to take ``${`` for nothing but characters."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
 def _make(schema: type, values: Any, prefix: str, table: dict[str, keys.Key]) -> Any:

@@ -61,7 +61,7 @@ def scale(value: float, prefixes: str = "TBM") -> str:
     for place, prefix in enumerate(prefixes):
         unit = 1e6 * 1000 ** (len(prefixes) - 1 - place)
         if value >= unit:
-            return f"{value / unit:.2f} {prefix}"
+            return f"{value / unit:,.2f} {prefix}"
     return f"{value:,.0f}"
 
 
