@@ -166,7 +166,6 @@ def test_text_needs_no_second_quoting() -> None:
         "${",
         r"\${a}",
         r"\\${a} \b ${b}",
-        "???",
     )
     for prompt in prompts:
         assert compose_plain(Words, (f"prompt={prompt}",))[0].prompt == prompt
