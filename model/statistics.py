@@ -37,5 +37,5 @@ def measure_balance(load: Tensor) -> Balance:
         return Balance(torch.zeros(len(load), dtype=torch.float64), torch.zeros(len(load), dtype=torch.int64))
     used = load.sum(dim=1) > 0
     mean = load.double().mean(dim=1)
-    violation = torch.where(used, load.amax(dim=1) / mean.where(used, 1.0) - 1, 0.0)
+    violation = torch.where(used, load.amax(dim=1) / mean - 1, 0.0)
     return Balance(violation, ((load == 0).sum(dim=1)) * used)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from small_models import check_gradients
 from torch import Tensor
-from torch.autograd import gradcheck
 
 from model import core
 from model.core import blocked_attention, fused_attention
@@ -52,7 +52,7 @@ def test_equals_the_whole_square(attention: core.Core, documents: Tensor | None)
 def test_gradients(documents: Tensor | None, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "BLOCK", 3)
     monkeypatch.setattr(core, "KEEP_LENGTH", keep)
-    assert gradcheck(lambda q, k, v: blocked_attention(q, k, v, documents), inputs(8))
+    assert check_gradients(lambda q, k, v: blocked_attention(q, k, v, documents), inputs(8))
 
 
 def run(dtype: torch.dtype, documents: Tensor | None) -> tuple[list[Tensor], int]:
@@ -71,6 +71,7 @@ def test_probabilities_computed_again_are_the_kept_ones(
     dtype: torch.dtype, documents: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core, "BLOCK", 3)
+    monkeypatch.setattr(core, "KEEP_LENGTH", 8)
     with_kept, size = run(dtype, documents)
     assert size == 2 * 3 * (3 * 3 + 3 * 6 + 2 * 8)
     monkeypatch.setattr(core, "KEEP_LENGTH", 7)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from small_models import check_gradients
 from torch import Tensor
-from torch.autograd import gradcheck
 
 from model.exchange import Layout, LocalExchange, Permute, Unpermute, lay_out, permute, unpermute
 
@@ -65,12 +65,12 @@ def test_permute_and_unpermute_values_and_gradients(experts: Tensor) -> None:
     assert torch.equal(permute(tokens, layout), tokens[layout.source])
     # Padding slots never receive a gradient in the model; a random one there must not come back.
     used = torch.zeros(len(layout.source), 1, dtype=torch.float64).index_fill(0, layout.slots.flatten(), 1.0)
-    assert gradcheck(lambda x: Permute.apply(x, layout.source, layout.slots) * used, (tokens,))
+    assert check_gradients(lambda x: Permute.apply(x, layout.source, layout.slots) * used, (tokens,))
 
     rows, gates = random(len(layout.source), 3).requires_grad_(), random(*experts.shape).requires_grad_()
     expected = (rows[layout.slots] * gates[..., None]).sum(1)
     torch.testing.assert_close(unpermute(rows, gates, layout), expected, atol=1e-14, rtol=0)
-    assert gradcheck(lambda r, g: Unpermute.apply(r, g, layout.source, layout.slots), (rows, gates))
+    assert check_gradients(lambda r, g: Unpermute.apply(r, g, layout.source, layout.slots), (rows, gates))
 
 
 def with_nan_in_padding(rows: Tensor, layout: Layout) -> Tensor:
@@ -94,12 +94,11 @@ def test_padding_rows_never_come_back() -> None:
     assert tokens.grad is not None and tokens.grad.isfinite().all()
 
 
-def test_bfloat16_rows_are_summed_in_float32() -> None:
-    # 256 + 1 + 1 is 258 in float32; one by one in bfloat16 it would stay 256.
-    layout = lay_out(torch.tensor([[0, 1, 2]]), 3, 1)
-    rows = torch.tensor([[256.0], [1.0], [1.0]]).bfloat16()
-    out = unpermute(rows, torch.ones(1, 3), layout)
-    assert out.dtype == torch.bfloat16 and out.item() == 258.0
+def test_bfloat16_rows_are_weighed_and_summed_in_float32() -> None:
+    layout = lay_out(CHOICES["all experts"], 5, 1)
+    rows, gates = random(len(layout.source), 64).bfloat16(), random(4, 5).float()
+    out = unpermute(rows, gates, layout)
+    assert torch.equal(out, (rows.float()[layout.slots] * gates[..., None]).sum(1).bfloat16())
 
 
 def test_the_local_exchange_moves_nothing() -> None:

@@ -1,8 +1,11 @@
 """Linear: its two gradients, fused weights, and the weight gradient put off."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch.autograd import gradcheck
+from small_models import check_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.linear import Linear, LinearFunction, WeightGradient
 
@@ -15,7 +18,7 @@ def random(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("weight", [(5, 3), (2, 4, 3)])
 @pytest.mark.parametrize("leading", [(7,), (2, 4), (1, 1, 1)])
 def test_gradients(leading: tuple[int, ...], weight: tuple[int, ...]) -> None:
-    assert gradcheck(lambda x, w: LinearFunction.apply(x, w, None), (random(*leading, 3), random(*weight)))
+    assert check_gradients(lambda x, w: LinearFunction.apply(x, w, None), (random(*leading, 3), random(*weight)))
 
 
 def test_a_fused_weight_keeps_its_parts_apart() -> None:
@@ -41,11 +44,24 @@ def test_a_deferred_weight_gradient_leaves_the_input_gradient_as_it_was() -> Non
     assert torch.equal(deferred[0].compute(), weight.grad)
 
 
-def test_inputs_without_gradient_cost_none() -> None:
-    x, weight = random(4, 3).detach(), random(5, 3)
-    LinearFunction.apply(x, weight, None).sum().backward()
-    assert weight.grad is not None and x.grad is None
-    frozen, needed = random(5, 3).detach(), random(4, 3)
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("needed", "products"), [((True, True), 2), ((True, False), 1), ((False, True), 1)])
+def test_a_gradient_nobody_needs_costs_no_product(needed: tuple[bool, bool], products: int) -> None:
+    x, weight = (t.detach().requires_grad_(n) for t, n in zip((random(4, 3), random(5, 3)), needed, strict=True))
     deferred: list[WeightGradient] = []
-    LinearFunction.apply(needed, frozen, deferred).sum().backward()
-    assert needed.grad is not None and deferred == []
+    y = LinearFunction.apply(x, weight, deferred)
+    with Products() as mode:
+        y.sum().backward()
+        for _, compute in deferred:
+            compute()
+    assert mode.count == products
+    assert (x.grad is not None) == needed[0] and len(deferred) == needed[1]

@@ -62,7 +62,7 @@ def test_scores_depend_on_distance_only() -> None:
 
 def test_rotation_computes_in_float32_and_returns_the_dtype_it_got() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((2, 5, 3, 8), generator=generator).bfloat16()
+    x = torch.randn((2, 3, 5, 8), generator=generator).bfloat16()
     cos, sin = tables(RopeConfig(), 8, torch.arange(5))
     turned = rotate(x, cos, sin)
     assert turned.dtype == torch.bfloat16
