@@ -138,11 +138,12 @@ def _compose(verb: str, module: Any, words: Words) -> list[tuple[tuple[str, ...]
         if overrides:
             raise ValueError(f"{overrides[0]}: {verb} takes no keys; see shoestring {verb} --help")
         return [((), None, "")]
-    from launcher import compose  # Hydra takes a fifth of a second to load
+    from launcher.compose import Composer  # Hydra takes a fifth of a second to load
+    from launcher.tree import compose_plain
 
     if own is not RunConfig:
-        return [(overrides, *compose.compose_plain(own, overrides))]
-    composer = compose.Composer(words.folder)
+        return [(overrides, *compose_plain(own, overrides))]
+    composer = Composer(words.folder)
     jobs = composer.sweep(overrides) if words.multirun else [overrides]
     composed = [(job, *composer.compose(job)) for job in jobs]
     taken = [config.run.id for _, config, _ in composed if config.run.id is not None]

@@ -5,7 +5,7 @@
         reference_type=RunSection
 
 Mistakes on the command line are found before Hydra sees them (launcher/compose.py); what arrives here comes mostly from
-the files of a user's own presets. Like launcher/compose.py, and no other file, this one knows those libraries.
+the files of a user's own presets.
 """
 
 import re

@@ -8,32 +8,17 @@ runs/<id>/config.yaml     the configuration, resolved
 """
 
 import json
-import os
-import platform
 import shlex
-import subprocess
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 
 from configs.schema import RunConfig
-from launcher import compose
 from launcher.invocation import Invocation
 from launcher.keys import nearest
-
-PACKAGES = (
-    "shoestring",
-    "torch",
-    "triton",
-    "deepspeed",
-    "numpy",
-    "safetensors",
-    "tokenizers",
-    "hydra-core",
-    "omegaconf",
-)
+from launcher.tree import load
+from launcher.versions import versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +56,7 @@ def open(run: str, folder: str = "runs") -> RunFolder:  # `folder.open` reads we
 
 def load_config(folder: Path) -> RunConfig:
     """The configuration a run was started with."""
-    return compose.load(folder / "config.yaml")
-
-
-def versions() -> dict[str, object]:
-    """What the run's numbers may depend on besides its configuration."""
-    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        # None where the sources are installed, not checked out: a repository around them would be someone else's.
-        "git": {"revision": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
-        if tracked
-        else None,
-    }
+    return load(folder / "config.yaml")
 
 
 def _claim(config: RunConfig) -> Path:
@@ -107,21 +76,3 @@ def _claim(config: RunConfig) -> Path:
             continue
         return path
     raise AssertionError("counting never ends")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*words: str) -> str | None:
-    """What git says about the sources, or None where they are not a checkout or git is missing."""
-    # Fixed words, no shell.
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-        return result.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -4,7 +4,7 @@ import sys
 
 from configs.schema import RunConfig
 from launcher import cli
-from launcher.compose import Invocation
+from launcher.invocation import Invocation
 from model.config import ModelConfig
 from model.count import Amount, Parameters, count, flops_per_token, forward_flops, without_mtp
 from training.ramp import schedule_batches

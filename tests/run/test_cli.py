@@ -15,8 +15,9 @@ import yaml
 
 from configs.schema import RunConfig
 from launcher import cli, folder, keys
-from launcher.compose import Composer, load
+from launcher.compose import Composer
 from launcher.invocation import Invocation
+from launcher.tree import load
 
 
 def lines(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:

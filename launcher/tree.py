@@ -1,0 +1,105 @@
+"""OmegaConf's trees and our dataclasses: a tree is checked, becomes a plain dataclass at once, and is written as YAML.
+
+With launcher/compose.py and launcher/explain.py, one of the three files that know Hydra and OmegaConf.
+"""
+
+import re
+from dataclasses import is_dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import RunConfig
+from launcher import keys
+from launcher.explain import explain_word, explained
+
+
+def compose_plain(schema: type, overrides: tuple[str, ...]) -> tuple[Any, str]:
+    """The configuration of a verb that has a dataclass of its own, and the same as YAML.
+
+    A field that is a string takes what stands behind ``=`` letter by letter, so that a prompt needs no second quoting.
+    """
+    table = keys.table(schema)
+    parser = OverridesParser.create()
+    tree = OmegaConf.structured(schema)
+    with explained(table):
+        for word in overrides:
+            key, _, raw = word.partition("=")
+            if key not in table:
+                raise ValueError(f"{word}: there is no key {key}{keys.nearest(key, table)}")
+            verbatim = table[key].kind is str and not (raw == "null" and table[key].optional)
+            value = _escape(raw) if verbatim else parse(parser, word).value()
+            check_type(table, key, value, raw)
+            OmegaConf.update(tree, key, value)
+        return build(schema, tree), write(tree)
+
+
+def load(path: Path) -> RunConfig:
+    """The configuration kept in ``path``, equal to the one it was written from."""
+    with explained(keys.table(RunConfig)):
+        config = build(RunConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def build(schema: type, tree: Any) -> Any:
+    """The dataclass ``schema`` that an OmegaConf tree stands for, its own checks run; ``ValueError`` for a gap."""
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} must have a value: write {missing[0]}=..., or choose a preset by run=..."
+        )
+    return _make(schema, OmegaConf.to_container(tree, resolve=True), "", keys.table(schema))
+
+
+def check_type(table: dict[str, keys.Key], key: str, value: Any, raw: str) -> None:
+    """Raises a ``ValueError`` if ``value``, written as ``raw``, cannot become what ``key`` holds."""
+    try:
+        OmegaConf.update(OmegaConf.structured(table[key].owner), key.rpartition(".")[2], value)
+    except OmegaConfBaseException:
+        raise ValueError(f"{key}={raw} {table[key].rule}{table[key].hint(raw)}") from None
+
+
+def write(tree: Any) -> str:
+    """``tree`` as YAML, nothing left to resolve."""
+    return OmegaConf.to_yaml(tree, resolve=True)
+
+
+def parse(parser: OverridesParser, word: str) -> Override:
+    """``key=value`` in Hydra's grammar. ``ValueError`` if it cannot be read."""
+    try:
+        return parser.parse_overrides([word])[0]
+    except OverrideParseException as error:
+        raise ValueError(explain_word(word, error)) from error
+
+
+def _escape(text: str) -> str:
+    """``text`` as OmegaConf has to see it to take ``${`` for nothing but characters."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+
+
+def _make(schema: type, values: Any, prefix: str, table: dict[str, keys.Key]) -> Any:
+    """An instance of ``schema`` from nested dictionaries: OmegaConf's own would keep lists where tuples are declared.
+
+    A dataclass used in two places names its keys without the section; ``prefix``, the section and a dot, is put back.
+    """
+    made = {}
+    for name, kind in keys.kinds(schema).items():
+        value, key = values[name], prefix + name
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{key}={value} must be a finite number")
+        if is_dataclass(kind):
+            made[name] = _make(kind, value, f"{key}.", table)  # type: ignore[arg-type]
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return schema(**made)
+    except ValueError as error:
+        key = str(error).partition("=")[0]
+        raise ValueError(prefix + str(error) if key not in table and prefix + key in table else str(error)) from None
