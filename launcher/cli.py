@@ -12,6 +12,7 @@ A verb's module declares
 Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a user's mistake, in a line or two; 130 for Ctrl-C.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,12 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: the process's own) and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         if not _is_mistake(error):
             raise
         print(f"shoestring: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("shoestring: interrupted", file=sys.stderr)
         return 130

@@ -60,6 +60,22 @@ def test_examples_compose(capsys: pytest.CaptureFixture[str]) -> None:
         assert lines(capsys, verb, *words, *(["--cfg", "job"] if verb != "completion" else []))
 
 
+def test_a_verb_is_a_module_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher.params", "run=small"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "13.62 M" in run.stdout and run.stderr == ""
+
+
+def test_a_reader_may_leave(tmp_path: Path) -> None:
+    """``shoestring params | head -1`` ends quietly."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        command = [sys.executable, "-m", "launcher.params"]
+        run = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = lines(capsys, "--version")
     assert re.fullmatch(r"shoestring \d+\.\d+\.\d+", line)

@@ -1,8 +1,12 @@
 """Counts of parameters and operations, against published sizes, by hand, and against the model itself."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from launcher import params
 from launcher.compose import Composer
 from launcher.params import describe_cost, lay_out, scale
 from model.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
@@ -113,6 +117,19 @@ def test_table_adds_up_and_names_mtp() -> None:
     rows = {name: cells for name, *cells in lay_out(count(config), config.mtp.depth)}
     assert rows["model"][:2] == ["671.03 B", "37.55 B"] and rows["MTP, depth 1"][0] == "11.61 B"
     assert "MTP, depth 0" not in {row[0] for row in lay_out(count(BY_HAND), 0)}
+
+
+@pytest.mark.parametrize("show", [params._print_rich, params._print_plain])
+def test_table_is_readable_in_a_terminal_and_in_a_pipe(
+    show: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    config = preset("deepseek_v3")
+    show("a model: parameters", lay_out(count(config), config.mtp.depth))
+    shown = capsys.readouterr().out
+    assert re.search(r"a model: parameters", shown)
+    assert re.search(r"part\W+total\W+active\W+multiplied", shown)
+    assert re.search(r"model\W+671\.03 B\W+37\.55 B\W+36\.62 B", shown)
 
 
 def test_costs_are_written_for_a_token_and_for_the_run() -> None:
