@@ -4,9 +4,8 @@
     tokenising   MB/s of `prepare`, over `tokenizers` alone on the same texts in memory, on one core and on
     all
 
-The text is a part of the standard library's source (--megabytes), the tokenizer a byte-level BPE of 8192
-tokens trained on it first. `prepare` also starts its processes, reads the files, writes, syncs and verifies
-the token files.
+The text is a part of the standard library's source (--megabytes), the tokenizer a byte-level BPE of 8192 tokens
+trained on it first. `prepare` also starts its processes, reads the files, writes, syncs and verifies the token files.
 
     python benchmarks/data.py --need 10000 --megabytes 16 --rounds 5
 """

@@ -1,7 +1,7 @@
 """``shoestring prepare``: tokenises the text of ``data.*`` and checks every byte of the result.
 
-Training does the same when it starts; this verb does it ahead, where there are cores and no accelerator
-waits. Run again after an interruption, it continues; run again when all is done, it checks every checksum.
+Training does the same when it starts; this verb does it ahead, where there are cores and no accelerator waits. Run
+again after an interruption, it continues; run again when all is done, it checks every checksum.
 """
 
 import sys

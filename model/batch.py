@@ -5,8 +5,8 @@
     labels 0      t1 .......... tS                     next token
     labels d         t(1+d) ........ t(S+d)            depth d of multi-token prediction
 
-A sequence carries its labels with it, so every depth reads the same whole sequence: nothing is rolled, and
-nothing is lost at the right edge.
+A sequence carries its labels with it, so every depth reads the same whole sequence: nothing is rolled, and nothing is
+lost at the right edge.
 
 Shapes: B sequences, S inputs a sequence, D depth of multi-token prediction, E routed experts.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 class Batch(NamedTuple):
     """One micro-batch.
 
-    ``counted`` is about a token as a label: False for padding, for a sequence's first token (nothing before
-    it predicts it) and, where documents are masked, for a document's first token."""
+    ``counted`` is about a token as a label: False for padding, for a sequence's first token (nothing before it
+    predicts it) and, where documents are masked, for a document's first token.
+    """
 
     ids: Tensor  # [B, S + 1 + D] int64
     counted: Tensor  # [B, S + 1 + D] bool: predicting ids[b, i] counts in the loss

@@ -1,5 +1,4 @@
-"""Packing and order: every label once an epoch, and a batch that depends on its position and on nothing
-else."""
+"""Packing and order: every label once an epoch, and a batch that depends on its position and on nothing else."""
 
 from itertools import accumulate, pairwise
 from pathlib import Path

@@ -47,8 +47,7 @@ def test_every_order_is_as_likely(n: int) -> None:
 
 
 def test_neighbours_are_torn_apart() -> None:
-    """Over 200 epochs of a thousand items: places, steps between neighbours and fixed points are those of
-    chance."""
+    """Over 200 epochs of a thousand items: places, steps between neighbours and fixed points are those of chance."""
     n, epochs = 1000, 200
     placed = np.stack([permute(np.arange(n), n, seed=11, epoch=epoch) for epoch in range(epochs)])
     cells = np.stack([np.bincount(row // 50, minlength=20) for row in placed[:, :50].T])

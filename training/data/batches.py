@@ -1,16 +1,14 @@
 """Tokens packed into sequences, in an endless shuffled order: reading is a pure function of a position.
 
     split        |.. document ..|eos|.. document ..|eos|...                 T tokens
-    sequence i   tokens i*S to i*S + S + L,   L = lookahead = 1 + D         i in 0..n-1,  n = ceil((T - 1) /
-    S)
+    sequence i   tokens i*S to i*S + S + L,   L = lookahead = 1 + D         i in 0..n-1,  n = ceil((T - 1) / S)
 
-    position p   epoch p // n, sequence permutation[seed, epoch](p % n)     p = sequences consumed since the
-    start
+    position p   epoch p // n, sequence permutation[seed, epoch](p % n)     p = sequences consumed before it
 
-Sequences overlap by their lookahead, so each token but the first is the next-token label exactly once an
-epoch. The last sequence is padded with ``eos``, which counts nowhere. A step that takes c sequences after k
-others reads positions k to k+c-1; whoever reads a part of them gets those rows, so nothing depends on how
-many ranks there are."""
+Sequences overlap by their lookahead, so each token but the first is the next-token label exactly once an epoch. The
+last sequence is padded with ``eos``, which counts nowhere. A step that takes c sequences after k others reads
+positions k to k+c-1; whoever reads a part of them gets those rows, so nothing depends on how many ranks there are.
+"""
 
 import numpy as np
 import torch
@@ -39,8 +37,7 @@ class Batches:
         mask_documents: bool = False,
         shuffle: bool = True,
     ) -> None:
-        """``lookahead`` is 1 + the depth of multi-token prediction; without ``shuffle``, every epoch is in
-        order.
+        """``lookahead`` is 1 + the depth of multi-token prediction; without ``shuffle``, every epoch is in order.
 
         Raises:
             ValueError: there are not even two tokens.
@@ -57,8 +54,7 @@ class Batches:
         self.sequences = -(-self.labels // sequence_length)
 
     def read(self, first: int, count: int) -> Batch:
-        """The sequences at positions ``first`` to ``first + count - 1`` of the endless order, B =
-        ``count``."""
+        """The sequences at positions ``first`` to ``first + count - 1`` of the endless order: B is ``count``."""
         width = self.sequence_length + self.lookahead
         ids = np.full((count, width), self.tokens.eos, np.int64)
         counted = np.zeros((count, width), np.bool_)

@@ -1,8 +1,6 @@
-"""The loss of a bigram model: what a language model must beat to have learned more than which token follows
-which.
+"""The loss of a bigram model: what a model must beat to have learned more than neighbours.
 
-    p(b | a) = (n_ab + alpha) / (n_a + alpha V)        n: counts in the training split, V: size of the
-    vocabulary
+    p(b | a) = (n_ab + alpha) / (n_a + alpha V)        n: counts in the training split,  V: vocabulary
 
 ``alpha`` is the power of ten that suits the held-out labels best: the baseline gets every advantage.
 """
@@ -14,7 +12,7 @@ from training.data.batches import Batches
 from training.data.tokens import TokenFile
 
 LARGEST = 4096  # vocabulary: the table of counts has its square, 128 MB
-CHUNK = 1 << 24  # tokens counted at once: as much again
+CHUNK = 1 << 22  # tokens counted at once
 ALPHAS = tuple(10.0**power for power in range(-4, 2))
 
 Counts = NDArray[np.int64]  # [V * V]: n_ab at a * V + b
@@ -23,9 +21,8 @@ Counts = NDArray[np.int64]  # [V * V]: n_ab at a * V + b
 def bigram_loss(
     train: TokenFile, held_out: Batches, vocab_size: int, sequences: int | None = None, limit: int = 1 << 28
 ) -> float:
-    """Mean cross entropy in nats of a bigram model, over the counted next-token labels of the first
-    ``sequences`` positions of ``held_out`` (None: a whole epoch). It is fitted to the first ``limit``
-    tokens of ``train``.
+    """Mean cross entropy in nats of a bigram model, over the counted next-token labels of the first ``sequences``
+    positions of ``held_out`` (None: a whole epoch). It is fitted to the first ``limit`` tokens of ``train``.
 
     Raises:
         ValueError: the table of counts would be too large, or there are no labels.
@@ -47,8 +44,7 @@ def bigram_loss(
 
 
 def count_text(tokens: TokenFile, vocab_size: int, limit: int) -> Counts:
-    """How often each pair of tokens follow each other in the first ``limit`` tokens, documents run
-    together."""
+    """How often each pair of tokens follow each other in the first ``limit`` tokens, documents run together."""
     counts = np.zeros(vocab_size**2, np.int64)
     stop = min(limit, tokens.tokens)
     for start in range(0, stop - 1, CHUNK):

@@ -2,10 +2,10 @@
 
     data.corpus -> sources -> documents (path, byte range) -> train | held_out
 
-A document is a file. Folders are walked in the order of their names, which depends on nothing but the
-names. A file of a folder is held out if a hash of its path inside the folder says so, so adding or removing
-other files moves nothing from one side to the other. A file that is named itself may be all the text there
-is: it is cut in two, and its end is held out.
+A document is a file. Folders are walked in the order of their names, which depends on nothing but the names. A file
+of a folder is held out if a hash of its path inside the folder says so, so adding or removing other files moves
+nothing from one side to the other. A file that is named itself may be all the text there is: it is cut in two, and
+its end is held out.
 
 Nothing here holds more than one folder's names in memory.
 """
@@ -84,15 +84,14 @@ def list_documents(sources: tuple[Source, ...], held_out: float) -> Iterator[tup
 
 
 def is_held_out(path: str, share: float) -> bool:
-    """Whether the document at ``path`` (relative) is among the ``share`` that is held out: by its path
-    alone."""
+    """Whether the document at ``path`` (relative) is among the ``share`` that is held out, by its path."""
     digest = blake2b(os.fsencode(path), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
 def cut(descriptor: int, offset: int, start: int, stop: int) -> int:
-    """Where a text is cut near byte ``offset`` of ``start``..``stop``: after the next line break or, where
-    none is near, before the next character (never inside one)."""
+    """Where a text is cut near byte ``offset`` of ``start``..``stop``: after the next line break or, where none is
+    near, before the next character (never inside one)."""
     if offset <= start or offset >= stop:
         return min(max(offset, start), stop)
     window = os.pread(descriptor, min(WINDOW, stop - offset), offset)
@@ -118,8 +117,7 @@ def _halve(number: int, root: Path, held_out: float) -> Iterator[tuple[str, Docu
 
 
 def _walk(root: Path, inside: str, suffixes: tuple[str, ...], skipped: tuple[str, ...]) -> Iterator[str]:
-    """Paths of text files, relative to ``root``, by name. Hidden names and links to folders are passed
-    over."""
+    """Paths of text files, relative to ``root``, by name. Hidden names and links to folders are passed over."""
     with os.scandir(root / inside) as entries:
         names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
     for name, is_folder in names:

@@ -1,11 +1,11 @@
 """The index of a folder of token files: what it was made from, which files it has, and their checksums.
 
-    index.json = {format, sources, identity, dtype, eos, splits: {train: [shards], held_out: [shards]},
-    digest}
+    index.json = {format, sources, identity, dtype, eos, splits: {train: [shards], held_out: [shards]}, digest}
 
-A folder is complete once its index exists. ``identity`` is what the tokens were made from, ``digest`` what
-they are: the same text prepared elsewhere, or touched and prepared again, has the same digest, which names
-the data in a run's record."""
+A folder is complete once its index exists. ``identity`` is what the tokens were made from, ``digest`` what they are:
+the same text prepared elsewhere, or touched and prepared again, has the same digest, which names the data in a run's
+record.
+"""
 
 import json
 import os
@@ -88,8 +88,7 @@ def read_index(folder: Path) -> Index:
 
 
 def verify(folder: Path, index: Index, budget: float) -> int:
-    """Checks the size of every token file, and the checksums of as many as fit in ``budget`` bytes, evenly
-    spread.
+    """Checks the size of every token file, and the checksums of as many as fit in ``budget`` bytes, evenly spread.
 
     Returns:
         How many bytes were checksummed.

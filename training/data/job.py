@@ -1,10 +1,10 @@
 """Making a folder of token files: whoever is killed anywhere leaves what the next one continues from.
 
-    lock -> listings -> plan -> shards (worker processes; a line in the journal for each) -> index ->
-    journal removed
+    lock -> listings -> plan -> shards (worker processes; a line in the journal for each) -> index, journal removed
 
-Each step ends in a rename or in a whole line, and each file is a pure function of the text and the
-tokenizer, so the folder comes out the same to the byte however often it was interrupted."""
+Each step ends in a rename or in a whole line, and each file is a pure function of the text and the tokenizer, so the
+folder comes out the same to the byte however often it was interrupted.
+"""
 
 import fcntl
 from collections.abc import Callable, Iterator
@@ -45,8 +45,7 @@ def make(job: Job, workers: int, report: Report) -> None:
     """Makes or finishes ``job.folder``; two processes that want the same one take turns.
 
     Raises:
-        ValueError: a text changed on the way, or a shard made again differs from the one that the index
-        describes.
+        ValueError: a text changed on the way, or a shard made again differs from the one that the index describes.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     with _lock(job.folder, report):

@@ -12,8 +12,7 @@ NAME = "journal.jsonl"
 
 
 def read_journal(folder: Path) -> list[Shard]:
-    """The shards recorded in ``folder``. A last line that a crash cut off is removed: its shard is made
-    again."""
+    """The shards recorded in ``folder``. A last line that a crash cut off is removed: its shard is made again."""
     path = folder / NAME
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]

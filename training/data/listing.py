@@ -1,15 +1,15 @@
 """The documents of a corpus as files on disk, and how they are dealt out to shards.
 
-A listing is one line of JSON a document, one file a split. Its digest, over paths, sizes and times of
-writing, is the identity of the text: cheap enough to take at every start, and it changes with any file.
+A listing is one line of JSON a document, one file a split. Its digest, over paths, sizes and times of writing, is the
+identity of the text: cheap enough to take at every start, and it changes with any file.
 
     bytes of a split, end to end     |doc 0|doc 1  |     doc 2          |...
     pieces (of one document)         |  0  |  0    | 0    | 1    | 2    |       at most PIECE bytes each
     shards                           |        0         |      1        |       by where a piece begins
 
-A document up to PIECE bytes is tokenised whole; a longer one piece by piece, cut at line breaks, so no text
-is too long for memory, and many processes share one file. Which piece falls where is arithmetic on sizes
-alone."""
+A document up to PIECE bytes is tokenised whole; a longer one piece by piece, cut at line breaks, so no text is too
+long for memory, and many processes share one file. Which piece falls where is arithmetic on sizes alone.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,8 @@ from typing import IO, NamedTuple
 
 from training.data.corpus import Document, Source, cut, list_documents
 
-PIECE = 1 << 20  # bytes of text tokenised at once
+PIECE = 1 << 18  # bytes of text tokenised at once: a tokenizer holds up to 200 times that
+NARROWEST = 1 << 20  # bytes of text in a shard, at least
 SPLITS = ("train", "held_out")
 
 
@@ -33,11 +34,12 @@ class Survey(NamedTuple):
 
 
 class ShardPlan(NamedTuple):
-    """Which pieces a shard holds: those that begin in bytes ``number * width`` to ``(number + 1) * width``
-    of a split.
+    """Which pieces a shard holds: those that begin in bytes ``number * width`` to ``(number + 1) * width`` of a
+    split.
 
-    ``row`` and ``position`` say where to start reading: the byte of the listing at which the line of the
-    first such piece's document begins, and the byte of the split at which that document begins."""
+    ``row`` and ``position`` say where to start reading: the byte of the listing at which the line of the first such
+    piece's document begins, and the byte of the split at which that document begins.
+    """
 
     split: str
     number: int
@@ -94,8 +96,8 @@ def _survey(sources: tuple[Source, ...], held_out: float, files: Mapping[str, IO
 
 
 def choose_width(size: int) -> int:
-    """Bytes of text a shard: at most 256 shards while they are below a GiB each, never less than a piece."""
-    return min(max(PIECE, -(-size // 256)), 1 << 30)
+    """Bytes of text a shard: at most 256 shards while they are below a GiB each, never less than a MiB."""
+    return min(max(NARROWEST, -(-size // 256)), 1 << 30)
 
 
 def plan_shards(folder: Path, split: str, width: int) -> Iterator[ShardPlan]:
@@ -134,8 +136,7 @@ def count_pieces(document: Document) -> int:
 
 
 def read_piece(file: IO[bytes], document: Document, piece: int) -> str:
-    """The text of a piece. Bytes that are not UTF-8 become U+FFFD, a byte-order mark at a file's start is
-    dropped.
+    """The text of a piece. Bytes that are not UTF-8 become U+FFFD, a byte-order mark at a file's start is dropped.
 
     Raises:
         ValueError: the file is not what the listing says: it changed in between.

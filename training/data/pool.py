@@ -19,27 +19,30 @@ Mailbox = SimpleQueue[tuple[Worker, dict[str, Any] | None]]
 
 
 def make_shards(setup: dict[str, Any], plans: Sequence[ShardPlan], workers: int) -> Generator[dict[str, Any]]:
-    """Has ``plans`` made by up to ``workers`` processes; yields their messages
-    (``training/data/worker.py``) as they come. Closing the iterator ends the processes.
+    """Has ``plans`` made by up to ``workers`` processes; yields their messages (``training/data/worker.py``) as they
+    come. Closing the iterator ends the processes.
 
     Raises:
-        ValueError: a worker met a mistake that the user can mend.
-        RuntimeError: a worker died.
+        ValueError: a worker met a mistake that the user can mend, or died.
     """
     mailbox: Mailbox = SimpleQueue()
-    waiting = iter(plans)
+    waiting = (plan._asdict() for plan in plans)
     crew: list[Worker] = []
     left = len(plans)
     try:
         for _ in range(min(workers, left)):
-            crew.append(_start(setup, mailbox))
+            crew.append(_start(mailbox))
+            _hand(crew[-1], setup)
             _hand(crew[-1], next(waiting))
         while left:
             worker, message = mailbox.get()
             if message is None and _is_dismissed(worker):
                 continue
             if message is None:
-                raise RuntimeError(f"a tokenising process ended with code {worker.wait()}")
+                raise ValueError(
+                    f"data.workers={workers}: a process ended with code {worker.wait()} (out of memory? fewer need "
+                    "less); run again to continue"
+                )
             if "error" in message:
                 raise ValueError(message["error"])
             if "shard" in message:
@@ -53,17 +56,17 @@ def make_shards(setup: dict[str, Any], plans: Sequence[ShardPlan], workers: int)
             worker.wait()
 
 
-def _start(setup: dict[str, Any], mailbox: Mailbox) -> Worker:
+def _start(mailbox: Mailbox) -> Worker:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # In a process group of its own: Ctrl-C is for the process that asks, which then ends its workers.
     worker = subprocess.Popen(
         [sys.executable, "-m", "training.data.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": paths},
+        process_group=0,
     )
-    assert worker.stdin
-    print(json.dumps(setup), file=worker.stdin, flush=True)
     Thread(target=_listen, args=(worker, mailbox), daemon=True).start()
     return worker
 
@@ -76,14 +79,14 @@ def _listen(worker: Worker, mailbox: Mailbox) -> None:
     mailbox.put((worker, None))
 
 
-def _hand(worker: Worker, plan: ShardPlan | None) -> None:
-    """Gives a worker its next shard, or dismisses it. Where it has died, the mailbox says so."""
+def _hand(worker: Worker, task: dict[str, Any] | None) -> None:
+    """Gives a worker its next task, or dismisses it. Where it has died, the mailbox says so."""
     assert worker.stdin
     with suppress(BrokenPipeError):
-        if plan is None:
+        if task is None:
             worker.stdin.close()
         else:
-            print(json.dumps(plan._asdict()), file=worker.stdin, flush=True)
+            print(json.dumps(task), file=worker.stdin, flush=True)
 
 
 def _is_dismissed(worker: Worker) -> bool:

@@ -6,8 +6,9 @@
         journal.jsonl                                        while it is being made: training/data/job.py
         index.json                                           written last: training/data/index.py
 
-The identity holds the digests of the listing and of the tokenizer, so a changed text or a changed tokenizer
-has another folder: neither is ever taken for what it was. No torch is loaded."""
+The identity holds the digests of the listing and of the tokenizer, so a changed text or a changed tokenizer has
+another folder: neither is ever taken for what it was. No torch is loaded.
+"""
 
 import os
 import re
@@ -39,8 +40,8 @@ class Prepared:
 def prepare(config: DataConfig, report: Report = print, thorough: bool = False) -> Prepared:
     """The token files that ``config`` asks for, made first where they are not there yet.
 
-    ``thorough`` checks every checksum, else as many as data.verify_gigabytes allows; sizes are always
-    checked. ``report`` gets lines to print.
+    ``thorough`` checks every checksum, else as many as data.verify_gigabytes allows; sizes are always checked.
+    ``report`` gets lines to print.
 
     Raises:
         ValueError: a mistake in ``config``, a text that changed on the way, or a damaged file, by name.

@@ -5,10 +5,9 @@
     round k even:  l <- (l + F_k(r)) mod a        a Feistel network on two residues: each round can be undone,
     round k odd:   r <- (r + F_k(l)) mod b        so any F_k gives a permutation of 0..a*b-1
 
-F_k is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) keyed by (seed, epoch, k). a*b
-exceeds n by less than a; what lands in that margin goes through the network again until it is below n
-(cycle walking: Black and Rogaway, CT-RSA 2002), which makes a permutation of 0..n-1. Integers only: every
-machine and every numpy agree.
+F_k is the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) keyed by (seed, epoch, k). a*b exceeds n by
+less than a; what lands in that margin goes through the network again until it is below n (cycle walking: Black and
+Rogaway, CT-RSA 2002), which makes a permutation of 0..n-1. Integers only: every machine and every numpy agree.
 """
 
 from math import isqrt

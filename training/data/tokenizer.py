@@ -60,8 +60,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A ``tokenizer.json`` of Hugging Face's ``tokenizers``, without special tokens, truncation or
-    padding."""
+    """A ``tokenizer.json`` of Hugging Face's ``tokenizers``, without special tokens, truncation or padding."""
 
     def __init__(self, path: Path, eos: str | None) -> None:
         from tokenizers import Tokenizer as HuggingFace
@@ -95,8 +94,8 @@ class FileTokenizer:
 def load_tokenizer(name: str, eos: str | None = None) -> Tokenizer:
     """The tokenizer data.tokenizer names: "bytes", a ``tokenizer.json`` or a folder that holds one.
 
-    ``eos`` is the text of the token that ends a document; None: what ``tokenizer_config.json`` beside the
-    file says, or else a usual name.
+    ``eos`` is the text of the token that ends a document; None: what ``tokenizer_config.json`` beside the file says,
+    or else a usual name.
 
     Raises:
         ValueError: no such file, not a tokenizer, or no token to end documents with.

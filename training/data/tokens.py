@@ -3,9 +3,10 @@
     <split>-00000.tokens   |token 0|token 1|...|token n-1|0..7 zero bytes|start 0|...|start d-1|
                             little-endian uint16 or uint32                little-endian uint64
 
-``start`` is the position in this file of a document's first token, for the documents that begin in it. A
-split is its shards end to end; documents and sequences may run on from one shard into the next. Sizes,
-counts and checksums (CRC-32 of the whole file) are in the folder's index."""
+``start`` is the position in this file of a document's first token, for the documents that begin in it. A split is its
+shards end to end; documents and sequences may run on from one shard into the next. Sizes, counts and checksums
+(CRC-32 of the whole file) are in the folder's index.
+"""
 
 import os
 import zlib
@@ -35,8 +36,10 @@ class Shard(NamedTuple):
 
 
 class ShardWriter:
-    """Writes a shard under another name and gives it its own at the end: a file with the right name is
-    whole."""
+    """Writes a shard under another name and gives it its own at the end: a file with the right name is whole.
+
+    As a context, it leaves nothing behind where it was not finished.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.path = path
@@ -46,6 +49,13 @@ class ShardWriter:
         self._tokens = 0
         self._crc = 0
         self._starts: list[NDArray[np.uint64]] = []
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
 
     def append(self, tokens: Tokens, starts: Sequence[int]) -> None:
         """Adds ``tokens``; documents begin at the positions ``starts`` among them."""
@@ -90,8 +100,8 @@ class TokenFile:
         self._maps: dict[int, tuple[Tokens, NDArray[np.uint64]]] = {}
 
     def read(self, start: int, stop: int) -> tuple[Tokens, NDArray[np.int64]]:
-        """Tokens ``start`` to ``stop`` (at most ``self.tokens``), [stop - start], and which of them,
-        counted from ``start``, are the first of a document, ascending."""
+        """Tokens ``start`` to ``stop`` (at most ``self.tokens``), [stop - start], and which of them, counted from
+        ``start``, are the first of a document, ascending."""
         assert 0 <= start <= stop <= self.tokens
         number = int(np.searchsorted(self._ends, start, side="right"))
         rows, firsts = [np.zeros(0, self.dtype)], [np.zeros(0, np.int64)]

@@ -1,7 +1,7 @@
 """A process that tokenises shards: ``python -m training.data.worker``.
 
-It reads lines of JSON and writes lines of JSON, so it shares no memory, no imports and no start method with
-the process that asked, and it ends when that process does:
+It reads lines of JSON and writes lines of JSON, so it shares no memory, no imports and no start method with the
+process that asked, and it ends when that process does:
 
     <- {folder, roots, tokenizer, eos, sha256}       once
     <- {split, number, width, row, position}         a shard to make
@@ -12,9 +12,9 @@ the process that asked, and it ends when that process does:
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -37,15 +37,14 @@ class Piece(NamedTuple):
 
 def main() -> None:
     """Makes shards until its input ends, or until nobody listens any more."""
-    # Ctrl-C reaches the whole process group: the process that asked decides what becomes of this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
     try:
         serve(json.loads(sys.stdin.readline()))
     except BrokenPipeError:
         sys.exit(1)
     except (ValueError, OSError) as error:
-        send(error=str(error))
+        with suppress(BrokenPipeError):
+            send(error=str(error))
 
 
 def serve(setup: dict[str, Any]) -> None:
@@ -65,15 +64,15 @@ def send(**message: Any) -> None:
 
 def make_shard(folder: Path, roots: list[str], plan: ShardPlan, tokenizer: Tokenizer) -> Shard:
     """Tokenises the shard that ``plan`` describes into ``folder``; holds a few MB of text at a time."""
-    writer = ShardWriter(folder / plan.file, pick_dtype(tokenizer.vocab_size))
     text_bytes = replaced = 0
-    for batch in gather(read_pieces(folder, roots, plan)):
-        size = sum(len(piece.text.encode()) for piece in batch)
-        write_batch(writer, batch, tokenizer)
-        text_bytes += size
-        replaced += sum(piece.text.count("\ufffd") for piece in batch)
-        send(bytes=size)
-    return writer.finish(text_bytes, replaced)
+    with ShardWriter(folder / plan.file, pick_dtype(tokenizer.vocab_size)) as writer:
+        for batch in gather(read_pieces(folder, roots, plan)):
+            size = sum(len(piece.text.encode()) for piece in batch)
+            write_batch(writer, batch, tokenizer)
+            text_bytes += size
+            replaced += sum(piece.text.count("\ufffd") for piece in batch)
+            send(bytes=size)
+        return writer.finish(text_bytes, replaced)
 
 
 def read_pieces(folder: Path, roots: list[str], plan: ShardPlan) -> Iterator[Piece]:
@@ -110,8 +109,7 @@ def gather(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def write_batch(writer: ShardWriter, batch: list[Piece], tokenizer: Tokenizer) -> None:
-    """Tokenises ``batch`` and appends it, each document followed by eos. A document without a token is no
-    document."""
+    """Tokenises ``batch`` and appends it, each document followed by eos. A document without a token is no document."""
     rows, starts, position = [], [], 0
     eos = np.array([tokenizer.eos], writer.dtype)
     for piece, tokens in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
