@@ -8,6 +8,7 @@ Written under another name and renamed, so that a folder called ``weights`` is c
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.shards import Shards
+
 FORMAT = 1
 SHARD = 5 * 10**9  # bytes
 MANIFEST = "manifest.json"
@@ -24,7 +27,10 @@ MANIFEST = "manifest.json"
 
 def save(model: nn.Module, folder: Path, shard: int = SHARD) -> None:
     """Writes every parameter and buffer of ``model``, each once, to ``folder``, which must not exist."""
+    if folder.exists():
+        raise FileExistsError(folder)
     partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     entries: dict[str, Any] = {}
     for number, names in enumerate(_split(model, shard), start=1):
@@ -58,6 +64,12 @@ def load(model: nn.Module, folder: Path) -> None:
             raise
         except Exception as error:  # safetensors raises a class of its own, derived from Exception
             raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def open_saved(folder: Path) -> Shards:
+    """The tensors of ``folder``, read one at a time, checksums not compared. Raises like ``load``."""
+    entries = _read_manifest(folder / MANIFEST)
+    return Shards({name: folder / Path(entry["file"]).name for name, entry in entries.items()})
 
 
 def name_tensors(model: nn.Module) -> dict[str, Tensor]:
