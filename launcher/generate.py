@@ -7,7 +7,7 @@ from launcher import cli, folder
 from launcher.invocation import Invocation
 from training.config import Device, SamplingConfig
 
-SUMMARY = "continue a prompt with a run's model: shoestring generate <run> prompt='def '"
+SUMMARY = "continue a prompt with the model of a run"
 ARGUMENTS = ("run",)
 
 

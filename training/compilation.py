@@ -6,6 +6,7 @@ pays  if   (1 - 1 / gain) * FLOPs of the run / eager FLOP/s  >  seconds spent co
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,8 @@ def _find_missing(device_type: str) -> str | None:
     """What torch.compile needs here and does not find."""
     if device_type != "cpu":
         return None if importlib.util.find_spec("triton") else "triton"
-    compiler = os.environ.get("CXX", "g++")
+    # The compiler that torch looks for.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"a C++ compiler ({compiler})"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():

@@ -32,7 +32,7 @@ def train(config: TrainConfig, folder: Path, price_per_device_hour: float = 0.0)
     with Record(folder / "metrics.jsonl", open_sinks(config.run.sinks, folder)) as record:
         setup = set_up(config, report=print)
         record.write("start", **setup.facts)
-        gauge = Gauge(config, setup.schedule, setup.facts["device"], price_per_device_hour)
+        gauge = Gauge(config, setup.schedule, str(setup.facts["device"]), price_per_device_hour)
         with open_view(gauge) as view, Interrupt(view.note) as interrupt:
             outcome = run_steps(setup, record, view, interrupt)
             if config.checkpoint.save:

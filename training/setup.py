@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ class Setup:
     schedule: BatchSchedule
     model: Transformer
     optimizer: AdamW
-    facts: dict[str, Any]  # what the record opens with
+    facts: dict[str, object]  # what the record opens with
 
 
 def set_up(config: TrainConfig, report: Callable[[str], None]) -> Setup:

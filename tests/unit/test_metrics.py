@@ -1,0 +1,105 @@
+"""The record of a run: whole lines as they happen, and the same rows in the sinks that are asked for."""
+
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.config import Sink
+from training.metrics import Record, StepRow, read
+from training.sinks import open_sinks, scalars
+
+
+def row(step: int = 0, **changes: Any) -> StepRow:
+    values: dict[str, Any] = {
+        "step": step,
+        "loss": 2.5,
+        "mtp_losses": (2.75,),
+        "aux": 1.0,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "clip_factor": 1.0,
+        "tokens": 512,
+        "cursor": 8 * (step + 1),
+        "seconds": 0.25,
+        "tokens_per_second": 2048.0,
+        "violation_worst": 0.5,
+        "violation_mean": 0.25,
+        "dead_experts": 0,
+        "skipped": False,
+        "peak_memory": 1 << 20,
+    }
+    return StepRow(**{**values, **changes})
+
+
+class Kept:
+    """A sink that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.closed = False
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    path, sink = tmp_path / "metrics.jsonl", Kept()
+    with Record(path, [sink]) as record:
+        record.write("start", threads=2)
+        record.write_step(row(0))
+        record.write("eval", step=0, loss=2.25)
+        record.write_step(row(1, loss=2.0))
+    assert [found["loss"] for found in read(path, "step")] == [2.5, 2.0]
+    assert read(path, "eval") == [{"kind": "eval", "step": 0, "loss": 2.25}]
+    assert [found["kind"] for found in sink.rows] == ["start", "step", "eval", "step"] and sink.closed
+
+
+def test_a_row_is_on_disk_when_its_step_is_over(tmp_path: Path) -> None:
+    """A process that dies without any clean-up has lost nothing."""
+    path = tmp_path / "metrics.jsonl"
+    child = os.fork()
+    if child == 0:
+        record = Record(path)
+        record.write_step(row(0))
+        record.write_step(row(1))
+        os._exit(1)
+    os.waitpid(child, 0)
+    assert [found["step"] for found in read(path, "step")] == [0, 1]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Record(path) as record:
+        record.write_step(row(loss=math.nan, grad_norm=math.inf, mtp_losses=(math.nan, 1.0), skipped=True))
+    (found,) = read(path, "step")
+    assert found["loss"] is None and found["grad_norm"] is None and found["mtp_losses"] == [None, 1.0]
+    assert "NaN" not in path.read_text()
+
+
+def test_sinks_get_numbers_by_name() -> None:
+    found = scalars({"kind": "step", "step": 3, "loss": 2.0, "mtp_losses": (2.5, 3.0), "skipped": True})
+    assert found == {"step/loss": 2.0, "step/mtp_losses/0": 2.5, "step/mtp_losses/1": 3.0, "step/skipped": 1.0}
+    assert scalars({"kind": "start", "threads": 2}) == {}
+
+
+@pytest.mark.parametrize("sink", Sink)
+def test_a_missing_package_is_named_with_its_extra(sink: Sink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    present = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == sink.value else present(name))
+    with pytest.raises(ValueError, match=rf"run\.sinks: {sink}.*pip install 'shoestring\[{sink}\]'"):
+        open_sinks([sink], tmp_path)
+
+
+def test_lines_are_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Record(path) as record:
+        record.write_step(row())
+    assert all(json.loads(line)["kind"] == "step" for line in path.read_text().splitlines())
