@@ -17,7 +17,6 @@ from pathlib import Path
 from configs.schema import RunConfig
 from launcher.invocation import Invocation
 from launcher.keys import nearest
-from launcher.tree import load
 from launcher.versions import versions
 
 
@@ -56,6 +55,8 @@ def open(run: str, folder: str = "runs") -> RunFolder:  # `folder.open` reads we
 
 def load_config(folder: Path) -> RunConfig:
     """The configuration a run was started with."""
+    from launcher.tree import load  # loads OmegaConf, which help and completion do without
+
     return load(folder / "config.yaml")
 
 

@@ -74,8 +74,10 @@ def test_a_configuration_error_loads_no_torch(word: str) -> None:
     assert "hydra" in modules and not modules & HEAVY
 
 
-def test_completion_loads_no_hydra() -> None:
-    modules = loaded("from launcher import cli; assert cli.main(['completion', 'words']) == 0")
+@pytest.mark.parametrize("line", ["shoestring ", "shoestring train model.", "shoestring generate "])
+def test_help_and_completion_load_no_hydra(line: str) -> None:
+    statement = f"import os; os.environ['SHOESTRING_LINE'] = {line!r}\nfrom launcher import cli\n"
+    modules = loaded(statement + "assert cli.main(['completion', 'words']) == cli.main(['--help']) == 0")
     assert not modules & (HEAVY | {"hydra", "omegaconf", "yaml", "rich"})
 
 
