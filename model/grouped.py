@@ -7,8 +7,8 @@
     input gradient   gx[s:e] = gy[s:e] W[i]
     weight gradient  gW[i]   = gy[s:e]^T x[s:e]
 
-Rows past the last end are padding: they are zero in every result. Shapes: x [P, I], W [E, O, I] or
-[E, parts, O/parts, I], ends [E] int32 ascending, y [P, O]. How the products run is one row per device type in ``PRODUCTS``.
+Rows past the last end are padding: they are zero in every result. How the products run is one row per device type in
+``PRODUCTS``. Shapes: x [P, I], W [E, O, I] or [E, parts, O/parts, I], ends [E] int32 ascending, y [P, O].
 """
 
 from typing import NamedTuple, Protocol
@@ -64,6 +64,8 @@ def _weights_fused(gy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 class Products(NamedTuple):
+    """Both products on one device type."""
+
     rows: RowsProduct
     weights: WeightsProduct
 
