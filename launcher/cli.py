@@ -46,7 +46,7 @@ class Words:
     multirun: bool = False
     cfg: bool = False
     help: bool = False
-    folder: Path | None = None
+    presets: Path | None = None  # the folder behind --config-dir
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not _is_mistake(error):
             raise
-        print(f"shoestring: {error}", file=sys.stderr)
+        first, _, rest = str(error).partition("\n")
+        print(f"shoestring: {first}" + (f"\n{' '.join(rest.split())}" if rest else ""), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,13 +83,13 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         raise ValueError(f"{verb} is not a verb; the verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}")
     module = import_module(VERBS[verb])
-    sorted_words = sort(verb, words[1:])
-    if sorted_words.help:
+    given = sort(verb, words[1:])
+    if given.help:
         from launcher.help import describe
 
         print(describe(verb, module))
         return 0
-    return _dispatch(verb, module, sorted_words)
+    return _dispatch(verb, module, given)
 
 
 def sort(verb: str, words: list[str]) -> Words:
@@ -100,7 +101,7 @@ def sort(verb: str, words: list[str]) -> Words:
         if flag in ("--cfg", "-c", "--config-dir"):
             value = value if sign else next(rest, "")
             if flag == "--config-dir":
-                result.folder = Path(value)
+                result.presets = Path(value)
             elif value == "job":
                 result.cfg = True
             else:
@@ -126,7 +127,7 @@ def _dispatch(verb: str, module: Any, words: Words) -> int:
         if words.cfg:
             print(yaml, end="" if number == len(jobs) else "---\n")
             continue
-        presets = None if words.folder is None else str(words.folder)
+        presets = None if words.presets is None else str(words.presets)
         invocation = Invocation(verb, tuple(words.arguments), overrides, yaml, presets)
         code = int(module.run(config, invocation))
         if code:
@@ -149,7 +150,7 @@ def _compose(verb: str, module: Any, words: Words) -> list[tuple[tuple[str, ...]
 
     if own is not RunConfig:
         return [(overrides, *compose_plain(own, overrides))]
-    composer = Composer(words.folder)
+    composer = Composer(words.presets)
     jobs = composer.sweep(overrides) if words.multirun else [overrides]
     composed = [(job, *composer.compose(job)) for job in jobs]
     taken = [config.run.id for _, config, _ in composed if config.run.id is not None]

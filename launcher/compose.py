@@ -74,7 +74,10 @@ class Composer:
             yield
 
     def _search(self) -> list[str]:
-        return [] if self.folder is None else [f"hydra.searchpath=[file://{self.folder.resolve()}]"]
+        if self.folder is None:
+            return []
+        quoted = str(self.folder.resolve()).replace("\\", r"\\").replace("'", r"\'")
+        return [f"hydra.searchpath=['file://{quoted}']"]
 
     def _parse(self, overrides: tuple[str, ...]) -> list[Override]:
         hydra = GlobalHydra.instance().hydra
@@ -98,6 +101,8 @@ class Composer:
                 options = ", ".join(self.groups[key])
                 raise ValueError(f"{key}={raw} must be one of {options}{keys.nearest(raw, self.groups[key])}")
         elif not inside:
-            raise ValueError(f"{key}={raw}: there is no key {key}{keys.nearest(key, [*self.keys, *self.groups])}")
+            raise ValueError(
+                f"{key}={raw}: there is no key {key or 'of no name'}{keys.nearest(key, [*self.keys, *self.groups])}"
+            )
         elif not isinstance(override.value(), dict):
             raise ValueError(f"{key}={raw} must name one key of the section, for example {inside[0]}={raw}")

@@ -5,7 +5,8 @@
         reference_type=RunSection
 
 Mistakes on the command line are found before Hydra sees them (launcher/compose.py); what arrives here comes mostly from
-the files of a user's own presets.
+the files of a user's own presets. With launcher/compose.py and launcher/tree.py, one of the three files that know Hydra
+and OmegaConf.
 """
 
 import re
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -60,7 +61,7 @@ def explain(error: BaseException, table: Mapping[str, Key], groups: Mapping[str,
     return _explain_merge(str(error), _file(chain))
 
 
-def explain_word(word: str, error: OverrideParseException) -> str:
+def explain_word(word: str) -> str:
     """What is wrong with a word of the command line that cannot be read as ``key=value``."""
     key, sign, value = word.partition("=")
     if not sign:

@@ -52,9 +52,8 @@ def build(schema: type, tree: Any) -> Any:
     """The dataclass ``schema`` that an OmegaConf tree stands for, its own checks run; ``ValueError`` for a gap."""
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
-        raise ValueError(
-            f"{', '.join(missing)} must have a value: write {missing[0]}=..., or choose a preset by run=..."
-        )
+        preset = ", or choose a preset by run=..." if schema is RunConfig else ""
+        raise ValueError(f"{', '.join(missing)} must have a value: write {missing[0]}=...{preset}")
     return _make(schema, OmegaConf.to_container(tree, resolve=True), "", keys.table(schema))
 
 
@@ -76,7 +75,7 @@ def parse(parser: OverridesParser, word: str) -> Override:
     try:
         return parser.parse_overrides([word])[0]
     except OverrideParseException as error:
-        raise ValueError(explain_word(word, error)) from error
+        raise ValueError(explain_word(word)) from error
 
 
 def _escape(text: str) -> str:

@@ -109,17 +109,19 @@ def test_multirun_stops_at_the_first_failure(tmp_path: Path, monkeypatch: pytest
     assert sys.modules.pop("failing").seeds == [1, 4]
 
 
-def test_presets_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "model").mkdir()
-    (tmp_path / "run" / "mine.yaml").write_text(
-        "# @package _global_\n"
-        "defaults: [override /model: wide]\n"
-        "run: {name: mine, steps: 7, global_batch: 2, micro_batch: 1}\n"
-    )
-    (tmp_path / "model" / "wide.yaml").write_text("defaults: [tiny]\nname: wide\nhidden: 512\n")
-    words = ("run=mine", "data.sequence_length=64", "optimizer.lr=1e-3")
-    tree = yaml.safe_load("\n".join(lines(capsys, "train", "--cfg=job", f"--config-dir={tmp_path}", *words)))
+@pytest.mark.parametrize("name", ["mine", "my presets, v=1", "it's"])
+def test_presets_of_ones_own(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / name
+    for group, text in {
+        "run/mine": "# @package _global_\ndefaults: [override /model: wide]\n"
+        "run: {name: mine, steps: 7, global_batch: 2, micro_batch: 1}\n",
+        "model/wide": "defaults: [tiny]\nname: wide\nhidden: 512\n",
+        "extra/long": "# @package _global_\ndata: {sequence_length: 64}\n",
+    }.items():
+        (own / group).parent.mkdir(parents=True, exist_ok=True)
+        (own / f"{group}.yaml").write_text(text)
+    words = ("run=mine", "+extra=long", "optimizer.lr=1e-3", f"run.folder={tmp_path}")
+    tree = yaml.safe_load("\n".join(lines(capsys, "train", "--cfg=job", f"--config-dir={own}", *words)))
     assert (tree["run"]["steps"], tree["model"]["hidden"], tree["model"]["num_layers"]) == (7, 512, 4)
     assert tree["data"]["sequence_length"] == 64
 

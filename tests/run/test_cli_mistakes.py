@@ -97,6 +97,8 @@ LINES = {
     ("params", "-m", "run.id=a", "run.seed=1,2"): ("run.id=a", "names one run"),
     ("params", "-m", "run.seed=1,-2"): ("run.seed=-2", "must not be negative"),
     ("params", "-m", "run.seed=range(1"): ("run.seed=range(1", "cannot be read"),
+    ("params", "=3"): ("=3", "there is no key"),
+    ("params", "run.steps=a\nb\nc\nd"): ("run.steps=a", "cannot be read"),
     ("completion",): ("completion needs <shell>", "--help"),
     ("completion", "bsh"): ("shell=bsh", "did you mean bash?"),
     ("completion", "bash", "a=1"): ("a=1", "takes no keys"),
