@@ -76,8 +76,11 @@ def list_documents(sources: tuple[Source, ...], held_out: float) -> Iterator[tup
         if root.is_file():
             yield from _halve(number, root, held_out)
             continue
-        for path in _walk(root, "", suffixes, skipped):
-            status = os.stat(root / path)
+        for path in _walk(str(root), "", suffixes, skipped):
+            try:
+                status = os.stat(f"{root}/{path}")
+            except FileNotFoundError:  # a link to nowhere
+                continue
             if status.st_size and stat.S_ISREG(status.st_mode):
                 split = "held_out" if is_held_out(path, held_out) else "train"
                 yield split, Document(number, path, 0, status.st_size, status.st_size, status.st_mtime_ns)
@@ -116,9 +119,9 @@ def _halve(number: int, root: Path, held_out: float) -> Iterator[tuple[str, Docu
             yield split, Document(number, "", start, stop, status.st_size, status.st_mtime_ns)
 
 
-def _walk(root: Path, inside: str, suffixes: tuple[str, ...], skipped: tuple[str, ...]) -> Iterator[str]:
+def _walk(root: str, inside: str, suffixes: tuple[str, ...], skipped: tuple[str, ...]) -> Iterator[str]:
     """Paths of text files, relative to ``root``, by name. Hidden names and links to folders are passed over."""
-    with os.scandir(root / inside) as entries:
+    with os.scandir(f"{root}/{inside}") as entries:
         names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
     for name, is_folder in names:
         path = f"{inside}/{name}" if inside else name
@@ -126,5 +129,5 @@ def _walk(root: Path, inside: str, suffixes: tuple[str, ...], skipped: tuple[str
             continue
         if is_folder:
             yield from _walk(root, path, suffixes, skipped)
-        elif name.endswith(suffixes) and (root / path).is_file():
+        elif name.endswith(suffixes):
             yield path
