@@ -32,7 +32,7 @@ def run(config: RunConfig, invocation: Invocation) -> int:
             f"{text[split] / count:.2f} bytes a token"
         )
     if replaced:
-        print(f"{replaced:,} characters were not UTF-8: they are U+FFFD")
+        print(f"{replaced:,} characters are U+FFFD, the sign for bytes that are not UTF-8")
     print(f"tokenizer {found.tokenizer.name}, vocabulary {found.tokenizer.vocab_size:,}")
     print(
         f"checked   {found.verified / 1e6:,.1f} MB in {sum(map(len, found.index.splits.values())):,} files: all whole"

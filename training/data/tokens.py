@@ -27,7 +27,7 @@ class Shard(NamedTuple):
     tokens: int
     documents: int  # that begin here
     text_bytes: int  # of UTF-8
-    replaced: int  # characters U+FFFD in the text: bytes that were not UTF-8
+    replaced: int  # characters U+FFFD: bytes that are not UTF-8, or in the text itself
     crc32: int
 
     def count_bytes(self, itemsize: int) -> int:
