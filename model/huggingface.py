@@ -23,7 +23,6 @@ from model.huggingface_names import Order, Piece, cut, is_v2, repeat
 from model.shards import SHARD, Index, Pending, Shards, open_shards, write_shards
 from model.transformer import Transformer
 
-ROWS = 1024  # of two copies of a weight that are compared at a time
 LEFTOVERS = ("rotary_emb.inv_freq",)  # endings of names that older files have and that a model computes itself
 
 
@@ -151,8 +150,7 @@ def _check_rest(source: Shards, pieces: list[Piece], config: ModelConfig, depth:
 def _equal(source: Shards, first: str, second: str) -> bool:
     if source.entries[first].shape != source.entries[second].shape:
         return False
-    parts = (slice(start, start + ROWS) for start in range(0, source.entries[first].shape[0], ROWS))
-    return all(torch.equal(source.read(first, (part,)), source.read(second, (part,))) for part in parts)
+    return all(torch.equal(source.read(first, part), source.read(second, part)) for part in source.parts(first))
 
 
 def _check_unbiased(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,7 +12,8 @@ Shapes: those of the tensors.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # what a small model's only file is called, without an index
 SHARD = 5 * 10**9  # bytes a file
+PART = 2**25  # bytes of a tensor that is read from end to end and not kept
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -68,6 +70,19 @@ class Shards:
         with safe_open(self.entries[name].file, framework="pt") as file:
             tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         return tensor
+
+    def parts(self, name: str) -> Iterator[Index]:
+        """Indices that cut a tensor into runs of rows of about ``PART`` bytes."""
+        shape = self.entries[name].shape
+        rows = max(1, PART // max(1, torch.Size(shape[1:]).numel() * self.dtype(name).itemsize))
+        return ((slice(start, start + rows),) for start in range(0, shape[0], rows))
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of the bytes of a tensor."""
+        digest = sha256()
+        for part in self.parts(name):
+            digest.update(_view_bytes(self.read(name, part)))
+        return digest.hexdigest()
 
 
 def open_shards(folder: Path) -> Shards:
@@ -126,6 +141,12 @@ def _list(file: Path) -> dict[str, Entry]:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
+def _view_bytes(tensor: Tensor) -> memoryview:
+    # Through bytes, because numpy has no bfloat16.
+    flat: memoryview = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
+    return flat
+
+
 def _group(tensors: Mapping[str, Pending], shard: int) -> list[list[str]]:
     """Names in order, as many to a group as fit ``shard`` bytes."""
     groups: list[list[str]] = []
@@ -154,7 +175,6 @@ def _write(path: Path, tensors: Mapping[str, Pending]) -> None:
         for name, pending in tensors.items():
             made = pending.make()
             assert made.shape == pending.shape and made.dtype == pending.dtype, name
-            # Through bytes, because numpy has no bfloat16.
-            file.write(made.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(_view_bytes(made))
         file.flush()
         os.fsync(file.fileno())

@@ -67,9 +67,13 @@ def load(model: nn.Module, folder: Path) -> None:
 
 
 def open_saved(folder: Path) -> Shards:
-    """The tensors of ``folder``, read one at a time, checksums not compared. Raises like ``load``."""
+    """The tensors of ``folder``, compared with their checksums, to be read a slice at a time. Raises like ``load``."""
     entries = _read_manifest(folder / MANIFEST)
-    return Shards({name: folder / Path(entry["file"]).name for name, entry in entries.items()})
+    shards = Shards({name: folder / Path(entry["file"]).name for name, entry in entries.items()})
+    for name, entry in entries.items():
+        if shards.digest(name) != entry["sha256"]:
+            raise ValueError(f"{shards.entries[name].file}: {name} is damaged: its checksum is not the manifest's")
+    return shards
 
 
 def name_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import TrainConfig
-from model.build import build
+from model.build import allocate, build
 from model.transformer import Transformer
 from training import determinism
 from training.compilation import decide_compile
@@ -25,6 +25,7 @@ class Setup:
     text: Text
     schedule: BatchSchedule
     model: Transformer
+    compiled: bool
     optimizer: AdamW
     facts: dict[str, object]  # what the record opens with
 
@@ -56,14 +57,16 @@ def set_up(config: TrainConfig, report: Callable[[str], None]) -> Setup:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     schedule = schedule_batches(config.run, config.data.sequence_length)
-    return Setup(config, device, text, schedule, model, optimizer, facts)
+    return Setup(config, device, text, schedule, model, compiled, optimizer, facts)
 
 
 def build_model(config: TrainConfig, device: torch.device) -> Transformer:
     """The model with its first weights: drawn from ``run.seed``, or those in ``init_from``."""
-    model = build(config.model, determinism.DTYPES[config.precision], device, config.run.seed)
-    if config.init_from is not None:
-        from model.huggingface import load
+    dtype = determinism.DTYPES[config.precision]
+    if config.init_from is None:
+        return build(config.model, dtype, device, config.run.seed)
+    from model.huggingface import load
 
-        load(model, Path(config.init_from))
+    model = allocate(config.model, dtype, device)
+    load(model, Path(config.init_from))
     return model

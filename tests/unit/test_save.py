@@ -11,7 +11,7 @@ from model.build import allocate
 from model.transformer import Transformer
 from training.config import OptimizerConfig
 from training.optimizer import AdamW
-from training.save import MANIFEST, load, name_tensors, save
+from training.save import MANIFEST, load, name_tensors, open_saved, save
 
 
 def fresh(model: Transformer, dtype: torch.dtype) -> Transformer:
@@ -63,6 +63,8 @@ def test_a_damaged_tensor_is_named(saved: tuple[Transformer, Path]) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"00001\.safetensors: .* is damaged"):
         load(fresh(model, torch.float32), folder)
+    with pytest.raises(ValueError, match=r"00001\.safetensors: .* is damaged"):
+        open_saved(folder)
 
 
 def test_a_truncated_shard_is_named(saved: tuple[Transformer, Path]) -> None:
