@@ -5,19 +5,32 @@ a router, experts, merge, the dense feed-forward part. Communication stays outsi
 off (``deferred``) and generation (its cache grows every token), which execute the same segments eagerly.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
+from model.attention import Context
 from model.block import Block, Lane
 from model.transformer import Transformer
 
 GRAPHS = 64  # a segment is compiled anew for each shape and for evaluation; torch gives up after 8 by default
 
 
-def compile_segments(model: Transformer) -> None:
+def compile_segments(model: Transformer, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile every compute segment of ``model`` in place; the first call of each kind pays for it."""
     torch._dynamo.config.recompile_limit = GRAPHS
     for block in (module for module in model.modules() if isinstance(module, Block)):
         for segment in block.segments():
             if segment.lane is Lane.compute:
                 assert isinstance(segment.module, torch.nn.Module)
-                segment.module.compile(dynamic=False, fullgraph=True)
+                eager = segment.module.forward
+                compiled = torch.compile(eager, dynamic=False, fullgraph=True, backend=backend)
+                segment.module.forward = partial(_run, eager, compiled)
+
+
+def _run(eager: Callable[..., Any], compiled: Callable[..., Any], carry: Any, context: Context) -> Any:
+    """Through the compiled segment, unless the list or the cache in ``context`` would have to be compiled with it."""
+    plain = context.deferred is None and context.cache is None
+    return (compiled if plain else eager)(carry, context)
