@@ -18,9 +18,14 @@ def count_sequences(setup: Setup) -> int:
     return max(1, wanted // run.micro_batch) * run.micro_batch
 
 
-@torch.no_grad()
 def evaluate(setup: Setup) -> float:
     """Mean cross entropy of the held-out split in nats a token."""
+    # Compiled segments are compiled for a backward that may follow; without gradients they would be compiled anew.
+    with torch.set_grad_enabled(setup.compiled):
+        return _measure(setup)
+
+
+def _measure(setup: Setup) -> float:
     depth, size = setup.config.model.mtp.depth, setup.config.run.micro_batch
     # What a loss would be divided by for a backward: the sums that are read here come undivided.
     denominators = Denominators((1.0,) * (1 + depth), 1.0)

@@ -12,6 +12,7 @@ import torch
 from small_models import make_config
 from small_runs import make_run, write_text
 
+from model.huggingface import export
 from training import loop
 from training.config import Device, MomentDtype, Precision, RampConfig
 from training.data.tokenizer import load_tokenizer
@@ -21,6 +22,7 @@ from training.interrupt import Interrupt
 from training.loop import train
 from training.metrics import read
 from training.restore import restore
+from training.save import open_saved
 from training.setup import Setup, set_up
 
 
@@ -142,3 +144,18 @@ def test_the_first_interrupt_asks_and_the_second_stops() -> None:
         assert interrupt.asked and "again stops at once" in said[0]
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_starts_from_published_weights(text: Path, tmp_path: Path) -> None:
+    """What a run saved, exported and loaded by ``init_from``, is what the next run starts with."""
+    config = make_run(text, precision=Precision.fp32)
+    train(config, tmp_path)
+    export(open_saved(tmp_path / "weights"), config.model, tmp_path / "published", 10**9, 256)
+    config.init_from = str(tmp_path / "published")
+    started = set_up(config, report=lambda line: None)
+    trained, _ = restore(config, tmp_path / "weights", Device.cpu, threads=1)
+    names = [name for name, _ in trained.named_parameters() if not name.startswith("mtp")]
+    ours, theirs = dict(started.model.named_parameters()), dict(trained.named_parameters())
+    assert len(names) > 20 and all(torch.equal(ours[name], theirs[name]) for name in names)
+    (end,) = read(tmp_path / "metrics.jsonl", "end")
+    assert evaluate(started) == pytest.approx(end["held_out"], rel=1e-6)
