@@ -16,7 +16,7 @@ class Text:
 
     tokenizer: Tokenizer
     train: Batches  # shuffled
-    held_out: Batches  # in the order of the split
+    held_out: Batches  # shuffled too, so that the first few sequences are a fair sample of all files
     digest: str  # names the data in the record
 
 
@@ -27,16 +27,15 @@ def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
     """
     data = prepare(config.data, report)
     check_vocabulary(data.tokenizer, config.model.vocab_size)
-    train, held_out = _pack(config, data.train, shuffle=True), _pack(config, data.held_out, shuffle=False)
-    return Text(data.tokenizer, train, held_out, data.index.digest)
+    return Text(data.tokenizer, _pack(config, data.train), _pack(config, data.held_out), data.index.digest)
 
 
-def _pack(config: TrainConfig, tokens: TokenFile, shuffle: bool) -> Batches:
+def _pack(config: TrainConfig, tokens: TokenFile) -> Batches:
     return Batches(
         tokens,
         sequence_length=config.data.sequence_length,
         lookahead=1 + config.model.mtp.depth,
         seed=config.data.seed,
         mask_documents=config.data.mask_documents,
-        shuffle=shuffle,
+        shuffle=True,
     )
