@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from training.config import MomentDtype, OptimizerConfig
 
 ALIGNMENT = 64  # elements: every slice starts on a boundary that vector and tensor-core loads like
-CHUNK = 1 << 19  # elements a CPU updates at once: a chunk of the four buffers stays in the last cache
-DEVICE_CHUNK = 1 << 25  # elements an accelerator updates at once: fewer launches
+CHUNK = 1 << 18  # elements whose narrow moments are widened at once: on a CPU they stay in the cache
+DEVICE_CHUNK = 1 << 25  # the same elsewhere, for few launches
 NORM_CHUNK = 1 << 16  # elements summed in the buffers' dtype; the partial sums are added in float64
 
 
@@ -105,9 +105,8 @@ class AdamW:
             return Update(norm, 1.0, False)
         factor = self.config.clip / norm if 0 < self.config.clip < norm else 1.0
         self.steps += 1
-        count = torch.tensor(float(self.steps), device=self._grads.device)
         for chunk, decay in self._chunks:
-            self._update(chunk, lr, decay, factor, count)
+            self._update(chunk, lr, decay, factor)
         return Update(norm, factor, True)
 
     def state(self) -> dict[str, Tensor]:
@@ -142,12 +141,12 @@ class AdamW:
         narrow = dtypes - {master}
         assert len(narrow) <= 1, f"parameters in more than one dtype below {master}: {narrow}"
         device = next(iter(self._spans)).device
-        self._chunk = CHUNK if device.type == "cpu" else DEVICE_CHUNK
         moment = torch.bfloat16 if self.config.moments is MomentDtype.bf16 else master
         self._masters = torch.zeros(size, dtype=master, device=device)
         self._grads = torch.zeros_like(self._masters)
         self._m, self._v = (torch.zeros(size, dtype=moment, device=device) for _ in range(2))
-        # Two chunks in which narrow moments are widened; none where they are as wide as the masters.
+        # Two chunks in which narrow moments are widened; none, and no chunks, where they are as wide as the masters.
+        self._chunk = size if moment == master else CHUNK if device.type == "cpu" else DEVICE_CHUNK
         widths = () if moment == master else (self._chunk, self._chunk)
         self._scratch = [torch.empty(width, dtype=master, device=device) for width in widths]
         # Has room for every parameter, also for those that are masters themselves: one copy casts a chunk.
@@ -168,8 +167,7 @@ class AdamW:
         self.accumulate(parameter, parameter.grad)
         parameter.grad = None
 
-    def _update(self, chunk: slice, lr: float, decay: float, factor: float, count: Tensor) -> None:
-        """One chunk: small enough that clipping before it and casting after it find it in the cache."""
+    def _update(self, chunk: slice, lr: float, decay: float, factor: float) -> None:
         config = self.config
         master, grad = self._masters[chunk], self._grads[chunk]
         kept = self._m[chunk], self._v[chunk]
@@ -177,8 +175,11 @@ class AdamW:
         if self._scratch:
             m.copy_(kept[0])
             v.copy_(kept[1])
-        if factor != 1.0:
+        # The kernel divides by a scale in float32 on its way, which is exact enough for all but float64.
+        scale = None if factor == 1.0 else torch.tensor(1 / factor, dtype=torch.float32, device=grad.device)
+        if scale is not None and grad.dtype == torch.float64:
             grad.mul_(factor)
+            scale = None
         # What torch.optim.AdamW(fused=True) calls; it has no public form that takes flat tensors.
         torch._fused_adamw_(
             [master],
@@ -186,7 +187,7 @@ class AdamW:
             [m],
             [v],
             [],
-            [count],
+            [torch.tensor(float(self.steps), device=grad.device)],
             lr=lr,
             beta1=config.beta1,
             beta2=config.beta2,
@@ -194,6 +195,7 @@ class AdamW:
             eps=config.eps,
             amsgrad=False,
             maximize=False,
+            grad_scale=scale,
         )
         if self._scratch:
             kept[0].copy_(m)
