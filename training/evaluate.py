@@ -1,7 +1,7 @@
 """Loss on held-out text: the mean cross entropy of the next token, on the same labels every time.
 
-About the first ``run.eval_tokens`` tokens of the held-out split are read, in its own order and in micro-batches of the
-training shape, so that compiled segments meet no new one.
+About ``run.eval_tokens`` tokens are read from the start of the held-out split's shuffled order, which depends on no seed
+of the run, in micro-batches of the training shape, so that compiled segments meet no new one.
 """
 
 import torch

@@ -27,15 +27,18 @@ def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
     """
     data = prepare(config.data, report)
     check_vocabulary(data.tokenizer, config.model.vocab_size)
-    return Text(data.tokenizer, _pack(config, data.train), _pack(config, data.held_out), data.index.digest)
+    train = _pack(config, data.train, config.data.seed)
+    # Its order has a seed of its own: runs with different seeds are measured on the same labels.
+    held_out = _pack(config, data.held_out, seed=0)
+    return Text(data.tokenizer, train, held_out, data.index.digest)
 
 
-def _pack(config: TrainConfig, tokens: TokenFile) -> Batches:
+def _pack(config: TrainConfig, tokens: TokenFile, seed: int) -> Batches:
     return Batches(
         tokens,
         sequence_length=config.data.sequence_length,
         lookahead=1 + config.model.mtp.depth,
-        seed=config.data.seed,
+        seed=seed,
         mask_documents=config.data.mask_documents,
         shuffle=True,
     )

@@ -159,3 +159,9 @@ def test_starts_from_published_weights(text: Path, tmp_path: Path) -> None:
     assert len(names) > 20 and all(torch.equal(ours[name], theirs[name]) for name in names)
     (end,) = read(tmp_path / "metrics.jsonl", "end")
     assert evaluate(started) == pytest.approx(end["held_out"], rel=1e-6)
+
+
+def test_seeds_are_measured_on_the_same_labels(text: Path) -> None:
+    first, second = (set_up(make_run(text, data={"seed": seed}), report=lambda line: None).text for seed in (0, 1))
+    assert torch.equal(first.held_out.read(0, 8).ids, second.held_out.read(0, 8).ids)
+    assert not torch.equal(first.train.read(0, 8).ids, second.train.read(0, 8).ids)
