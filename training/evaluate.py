@@ -1,6 +1,6 @@
 """Loss on held-out text: the mean cross entropy of the next token, on the same labels every time.
 
-About ``run.eval_tokens`` tokens are read from the start of the held-out split's shuffled order, which depends on no seed
+About ``run.eval_tokens`` tokens are read from the start of the split's shuffled order, which depends on no seed
 of the run, in micro-batches of the training shape, so that compiled segments meet no new one.
 """
 
