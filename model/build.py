@@ -15,6 +15,8 @@ from model.config import ModelConfig
 from model.router import Router
 from model.transformer import Transformer
 
+EXPERTS = (".routed.gate_up.weight", ".routed.down.weight")  # one stream an expert; every other matrix has one a row
+
 
 def _stream(seed: int, name: str, index: int) -> np.random.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=16).digest()
@@ -29,6 +31,11 @@ def draw(name: str, shape: tuple[int, ...], rows: range, std: float, seed: int) 
     return torch.from_numpy(values).mul_(std)
 
 
+def split_streams(name: str, weight: Tensor) -> Tensor:
+    """``weight`` with one stream per leading index: an expert, or a row counted through the parts of a fused weight."""
+    return weight if name.endswith(EXPERTS) else weight.flatten(0, -2)
+
+
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
     """Write the initial value of every parameter and buffer."""
@@ -36,8 +43,8 @@ def initialise(model: Transformer, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            shape = tuple(parameter.shape)
-            parameter.copy_(draw(name, shape, range(shape[0]), model.config.init_std, seed))
+            keyed = split_streams(name, parameter)
+            keyed.copy_(draw(name, tuple(keyed.shape), range(len(keyed)), model.config.init_std, seed))
     for buffer in model.buffers():
         buffer.zero_()
 
