@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import make_config
 
-from model.build import build, draw
+from model.build import build, draw, split_streams
 from model.transformer import Transformer
 
 CONFIG = make_config(mtp=1)
@@ -28,11 +28,14 @@ def test_a_model_is_made_of_those_draws() -> None:
     whole = parameters(build(CONFIG, torch.float32, "cpu", 5))
     for name, parameter in whole.items():
         if parameter.dim() > 1:
-            rows = draw(name, tuple(parameter.shape), range(1, 2), CONFIG.init_std, 5)
-            assert torch.equal(rows, parameter[1:2]), name
+            keyed = split_streams(name, parameter)
+            rows = draw(name, tuple(keyed.shape), range(1, 2), CONFIG.init_std, 5)
+            assert torch.equal(rows, keyed[1:2]), name
         else:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
     names = {"layers.1.experts.routed.gate_up.weight": (6, 2, 5, 12), "embedding.weight": (19, 12)}
+    fused = "layers.0.mlp.swiglu.gate_up.weight"  # two parts, one stream a row of each
+    assert split_streams(fused, whole[fused]).shape == (2 * CONFIG.ffn, CONFIG.hidden)
     assert {name: tuple(whole[name].shape) for name in names} == names
 
 
