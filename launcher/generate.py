@@ -25,13 +25,13 @@ def run(config: Config, invocation: Invocation) -> int:
     found = folder.open(invocation.arguments[0], config.folder)
     trained = folder.load_config(found.path)
     # Loads torch: only once the run is known to be there.
-    from training.generate import continue_text
+    from training.generate import continue_text, show_controls
     from training.restore import restore
 
     model, tokenizer = restore(trained, found.weights, config.device, config.threads)
     print(config.prompt, end="", flush=True)
     for piece in continue_text(model, tokenizer, config):
-        print(piece, end="", flush=True)
+        print(show_controls(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print()
     return 0
 

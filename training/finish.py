@@ -10,7 +10,7 @@ import torch
 
 from training.data import bigram
 from training.evaluate import count_sequences
-from training.generate import continue_text
+from training.generate import continue_text, show_controls
 from training.metrics import Record, StepRow
 from training.setup import Setup
 from training.view import Gauge, write_time
@@ -60,7 +60,7 @@ def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder:
     )
     record.write("end", **asdict(summary))
     if text:
-        print(f"\n--- sample ---\n{text}\n--------------\n")
+        print(f"\n--- sample ---\n{show_controls(text)}\n--------------\n")
     print("\n".join(describe(summary, setup, folder)), flush=True)
     return summary
 

@@ -18,6 +18,9 @@ from training.data.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoding makes of an incomplete character
 LONGEST = 4  # tokens a character may be spread over: bytes of UTF-8
+# Control characters, but for tab and line feed, as the pictures Unicode has for them (C1 controls as U+FFFD).
+PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 @torch.no_grad()
@@ -62,6 +65,11 @@ def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         shown, waiting = waiting, []
     if waiting:
         yield tokenizer.decode(shown + waiting)[len(tokenizer.decode(shown)) :]
+
+
+def show_controls(text: str) -> str:
+    """``text`` fit for a terminal, which would obey the escape sequences that a model may write."""
+    return text.translate(PICTURES)
 
 
 def continue_text(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig) -> Iterator[str]:

@@ -8,7 +8,7 @@ from small_models import make_config, make_model
 
 from training.config import SamplingConfig
 from training.data.tokenizer import ByteTokenizer
-from training.generate import continue_text, generate, pick, stream
+from training.generate import continue_text, generate, pick, show_controls, stream
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -93,6 +93,10 @@ def test_spaces_between_tokens_survive() -> None:
         yield from (0, 1, 2)
 
     assert list(stream(Spaced(), tokens())) == ["w0", " w1", " w2"]  # type: ignore[arg-type]
+
+
+def test_a_terminal_obeys_no_model() -> None:
+    assert show_controls("a\x1b[2J\tb\r\n\x07\x7f\x9b é漢") == "a␛[2J\tb␍\n␇␡\ufffd é漢"
 
 
 def test_an_empty_prompt_starts_a_document() -> None:
