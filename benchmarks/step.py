@@ -4,9 +4,10 @@
     python benchmarks/step.py --shapes 8x256 --precisions bf16 --rounds 9
 
 Every contender is a process of its own that holds the same weights and trains on the same batch; rounds are interleaved
-(one step of each in turn), figures are medians. A step is forward, backward, clipping, AdamW over float32 masters and, for
-ours, load statistics and the bias update. The floor runs the step's matrix products and nothing else, expert loads even
-and the masked half of attention left out. Memory is the process' peak resident size above what it was before the model.
+(one step of each in turn), figures are medians. A step is forward, backward, clipping, AdamW over float32 masters and,
+for ours, load statistics and the bias update. The floor runs the step's matrix products and nothing else, expert loads
+even and the masked half of attention left out. Memory is the process' peak resident size above what it was before the
+model. transformers runs with those of its implementations that are fastest here: --peer names them, else all are tried.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,16 +99,16 @@ def build_ours(config, dtype, batch, compiled: bool) -> Callable[[], None]:  # t
     return step
 
 
-def build_peer(config, dtype, batch, compiled: bool) -> Callable[[], None]:  # type: ignore[no-untyped-def]
-    """The peer's step with the same weights."""
+def build_peer(config, dtype, batch, compiled: bool, choice: list[str]) -> Callable[[], None]:  # type: ignore[no-untyped-def]
+    """The peer's step with the same weights; ``choice``: which of its attention and experts."""
     from benchmarks.peer import Peer
     from model.build import build
 
-    peer = Peer(build(config, dtype, "cpu", seed=0), dtype, compiled)
+    peer = Peer(build(config, dtype, "cpu", seed=0), dtype, compiled, *choice)
     return lambda: peer.step(batch)
 
 
-def work(contender: str, shape: str, precision: str, threads: int) -> None:
+def work(contender: str, shape: str, precision: str, threads: int, choice: list[str]) -> None:
     """A contender's process: one step for every line on standard input, its seconds and memory as a line back."""
     import torch
 
@@ -120,13 +122,15 @@ def work(contender: str, shape: str, precision: str, threads: int) -> None:
     sequences, length = map(int, shape.split("x"))
     ids = torch.randint(0, 256, (sequences, length + 1))
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), None)
+    if contender.startswith("transformers"):
+        import_module("benchmarks.peer")  # what importing transformers takes is not the model's
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if contender == "floor":
         step = build_floor(config, dtype, sequences, length)
     elif contender.startswith("ours"):
         step = build_ours(config, dtype, batch, "compiled" in contender)
     else:
-        step = build_peer(config, dtype, batch, "compiled" in contender)
+        step = build_peer(config, dtype, batch, "compiled" in contender, choice)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -138,8 +142,9 @@ def work(contender: str, shape: str, precision: str, threads: int) -> None:
 class Worker:
     """A contender's process and what it measured."""
 
-    def __init__(self, contender: str, shape: str, precision: str, threads: int) -> None:
+    def __init__(self, contender: str, shape: str, precision: str, threads: int, choice: tuple[str, ...]) -> None:
         command = [sys.executable, __file__, "--work", contender, shape, precision, str(threads)]
+        command += ["--peer", *choice] if choice else []
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=None, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -161,10 +166,22 @@ class Worker:
         self.process.communicate()
 
 
-def measure(contenders: list[str], shape: str, precision: str, rounds: int, threads: int) -> None:
+def choose_peers(options: argparse.Namespace, shape: str, precision: str) -> dict[str, tuple[str, ...]]:
+    """Attention and experts of each contender that is transformers: those asked for, or the fastest of all."""
+    peers = [name for name in options.contenders if name.startswith("transformers")]
+    if options.peer:
+        return dict.fromkeys(peers, tuple(options.peer))
+    from benchmarks.peer import choose
+
+    return {name: choose(shape, precision, "compiled" in name, options.threads) for name in peers}
+
+
+def measure(options: argparse.Namespace, shape: str, precision: str) -> None:
     """Interleave the contenders and print tokens/s, ratios and memory."""
+    contenders, rounds, threads = options.contenders, options.rounds, options.threads
+    choices = choose_peers(options, shape, precision)
     sequences, length = map(int, shape.split("x"))
-    workers = {name: Worker(name, shape, precision, threads) for name in contenders}
+    workers = {name: Worker(name, shape, precision, threads, choices.get(name, ())) for name in contenders}
     for worker in workers.values():
         for _ in range(3):
             worker.step(record=False)
@@ -172,6 +189,8 @@ def measure(contenders: list[str], shape: str, precision: str, rounds: int, thre
         for worker in workers.values():
             worker.step(record=True)
     print(f"\n{shape} {precision}, {threads} threads, median of {rounds} interleaved rounds")
+    for name, choice in choices.items():
+        print(f"  {name}: attention {choice[0]}, experts {choice[1]}")
     floor = statistics.median(workers["floor"].seconds) if "floor" in workers else float("nan")
     for name, worker in workers.items():
         median = statistics.median(worker.seconds)
@@ -194,15 +213,16 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer", nargs=2, metavar=("ATTENTION", "EXPERTS"), help="of transformers; else the fastest")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         contender, shape, precision, threads = arguments.work
-        work(contender, shape, precision, int(threads))
+        work(contender, shape, precision, int(threads), arguments.peer)
         return
     for precision in arguments.precisions:
         for shape in arguments.shapes:
-            measure(arguments.contenders, shape, precision, arguments.rounds, arguments.threads)
+            measure(arguments, shape, precision)
 
 
 if __name__ == "__main__":
