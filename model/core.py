@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-BLOCK = 128  # query rows: on CPUs about 128 keeps a block's scores in cache; measured in benchmarks/step.py
+BLOCK = 128  # query rows: 64, 128 and 256 were timed on a CPU, docs/speed.md
 KEEP_LENGTH = 2048  # up to this length the probabilities are kept for the backward: S^2/2 elements a head
 
 
