@@ -69,7 +69,6 @@ def build_floor(config, dtype, batch: int, length: int) -> Callable[[], None]:  
                 multiply(x, w.mT, out=y)
                 multiply(y, w, out=gx)
                 multiply(y.mT, x, out=gw)
-            y.normal_()  # keep the values finite
 
     return step
 
