@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.core import Core, attend
 from model.linear import Deferred, Linear
 from model.rope import rotate, softmax_scale
+from model.sequence import Sequence, WholeSequence
 
 
 @dataclass
@@ -52,12 +53,16 @@ class Context(NamedTuple):
 
 
 class LatentAttention(nn.Module):
-    """MLA. ``core`` is the seam behind which context parallelism works."""
+    """MLA. ``core`` is the seam behind which context parallelism works, ``sequence`` that of tensor parallelism.
+
+    Latents and the rotary key come from a shard of the sequence; heads, as many as the weights have, see all of it.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, core: Core = attend) -> None:
         super().__init__()
         a = config.attention
         self.layer, self.core, self.sizes = layer, core, a
+        self.sequence: Sequence = WholeSequence()
         self.scale = softmax_scale(config.rope, a)
         kv_a = a.kv_rank + a.rope_dim
         query = a.heads * (a.nope_dim + a.rope_dim)
@@ -79,30 +84,33 @@ class LatentAttention(nn.Module):
             return self._generate(q, *context.cache.extend(self.layer, latent, key))
         k, v = self._expand(latent, key, context.deferred)
         out = self.core(q, k, v, context.documents)
-        return self.o(out.transpose(1, 2).flatten(2), context.deferred)
+        return self.sequence.scatter(self.o(out.transpose(1, 2).flatten(2), context.deferred))
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, heads, S, D] rotated and scaled, normed kv latent [B, S, kv_rank], rotated key [B, S, rope]."""
         a, deferred = self.sizes, context.deferred
         if a.q_rank is None:
-            q = self.q(x, deferred)
+            q_latent, expand = x, self.q
             latent, key = self.kv_a(x, deferred).split((a.kv_rank, a.rope_dim), dim=-1)
         else:
             q_latent, latent, key = self.q_kv_a(x, deferred).split((a.q_rank, a.kv_rank, a.rope_dim), dim=-1)
-            q = self.q_b(self.q_norm(q_latent), deferred)
-        q_nope, q_rope = self._heads(q * self.scale).split((a.nope_dim, a.rope_dim), dim=-1)
+            q_latent, expand = self.q_norm(q_latent), self.q_b
+        q_latent, latent, key = self.sequence.gather(q_latent, self.kv_norm(latent), key)
+        q = self._heads(expand(q_latent, deferred) * self.scale, a.nope_dim + a.rope_dim)
+        q_nope, q_rope = q.split((a.nope_dim, a.rope_dim), dim=-1)
         q = torch.cat((q_nope, rotate(q_rope, context.cos, context.sin)), dim=-1)
-        return q, self.kv_norm(latent), rotate(key, context.cos, context.sin)
+        return q, latent, rotate(key, context.cos, context.sin)
 
     def _expand(self, latent: Tensor, key: Tensor, deferred: Deferred) -> tuple[Tensor, Tensor]:
         """Keys [B, heads, S, D] and values [B, heads, S, V] of latents."""
         a = self.sizes
-        k, v = self._heads(self.kv_b(latent, deferred)).split((a.nope_dim, a.v_dim), dim=-1)
-        return torch.cat((k, key[:, None].expand(-1, a.heads, -1, -1)), dim=-1), v.contiguous()
+        k, v = self._heads(self.kv_b(latent, deferred), a.nope_dim + a.v_dim).split((a.nope_dim, a.v_dim), dim=-1)
+        return torch.cat((k, key[:, None].expand(-1, k.shape[1], -1, -1)), dim=-1), v.contiguous()
 
-    def _heads(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def _heads(x: Tensor, width: int) -> Tensor:
         """[B, S, heads * width] -> [B, heads, S, width]."""
-        return x.unflatten(-1, (self.sizes.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
     def _generate(self, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
         """The last S of all cached tokens attend to everything before them."""

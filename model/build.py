@@ -6,6 +6,7 @@ those, and gets the numbers it would have got on any other layout. Norms start a
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from model.router import Router
 from model.transformer import Transformer
 
 EXPERTS = (".routed.gate_up.weight", ".routed.down.weight")  # one stream an expert; every other matrix has one a row
+Region = tuple[slice, ...]
+Part = tuple[Sequence[int], Region]  # global shape, and the slices that cut the part out of it
 
 
 def _stream(seed: int, name: str, index: int) -> np.random.Generator:
@@ -23,41 +26,48 @@ def _stream(seed: int, name: str, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def draw(name: str, shape: tuple[int, ...], rows: range, std: float, seed: int) -> Tensor:
-    """Rows ``rows`` of the initial value of parameter ``name`` of global ``shape``: [len(rows), *shape[1:]] float32."""
-    values = np.empty((len(rows), *shape[1:]), dtype=np.float32)
-    for out, index in zip(values, rows, strict=True):
-        _stream(seed, name, index).standard_normal(out=out, dtype=np.float32)
+def draw(name: str, shape: Sequence[int], region: Region, std: float, seed: int) -> Tensor:
+    """The initial value of ``region`` of parameter ``name`` of global ``shape``: float32, the region's shape."""
+    leading = 1 if name.endswith(EXPERTS) else len(shape) - 1
+    kept = [range(size)[part] for size, part in zip(shape, region, strict=True)]
+    values = np.empty([len(indices) for indices in kept], dtype=np.float32)
+    whole = np.empty(shape[leading:], dtype=np.float32)
+    for place in np.ndindex(values.shape[:leading]):
+        index = 0
+        for size, indices, at in zip(shape, kept, place, strict=False):
+            index = index * size + indices[at]
+        _stream(seed, name, index).standard_normal(out=whole, dtype=np.float32)
+        values[place] = whole[region[leading:]]
     return torch.from_numpy(values).mul_(std)
 
 
-def split_streams(name: str, weight: Tensor) -> Tensor:
-    """``weight`` with one stream per leading index: an expert, or a row counted through the parts of a fused weight."""
-    return weight if name.endswith(EXPERTS) else weight.flatten(0, -2)
-
-
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
-    """Write the initial value of every parameter and buffer."""
+def initialise(model: Transformer, seed: int, parts: Mapping[str, Part] | None = None) -> None:
+    """Write the initial value of every parameter and buffer. ``parts``: which part of the whole a parameter is."""
     for name, parameter in model.named_parameters():
+        shape, region = (parts or {}).get(name) or (parameter.shape, (slice(None),) * parameter.dim())
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            keyed = split_streams(name, parameter)
-            keyed.copy_(draw(name, tuple(keyed.shape), range(len(keyed)), model.config.init_std, seed))
+            parameter.copy_(draw(name, shape, region, model.config.init_std, seed))
     for buffer in model.buffers():
         buffer.zero_()
 
 
-def allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Transformer:
-    """A model without values: parameters in ``dtype``, routers in the wider of it and float32."""
+def outline(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """A model without memory: parameters in ``dtype``, routers in the wider of it and float32."""
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to(dtype)
     for module in model.modules():
         if isinstance(module, Router):
             module.to(torch.promote_types(dtype, torch.float32))
-    return model.to_empty(device=device)
+    return model
+
+
+def allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """A model without values: see ``outline``."""
+    return outline(config, dtype).to_empty(device=device)
 
 
 def build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> Transformer:

@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 
 
+class Home(NamedTuple):
+    """How rows that came from other ranks find their way back."""
+
+    sent: Tensor  # [ranks] int64, rows that went from here to each rank
+    received: Tensor  # [ranks] int64, rows that came from each rank
+    source: Tensor  # [T K] int64, the token of each row sent
+    slots: Tensor  # [T, K] int64, where each choice lies among the rows sent
+
+
 class Layout(NamedTuple):
     """How rows lie in memory, expert by expert."""
 
     source: Tensor  # [P] int64, the input row each slot holds
     slots: Tensor  # [R, K] int64, the slots of each input row
     ends: Tensor  # [E] int32, where each expert's padded run ends
+    home: Home | None = None  # where tokens have left their rank
 
 
 class Exchange(Protocol):
@@ -46,7 +56,7 @@ def lay_out(experts: Tensor, count: int, pad: int) -> Layout:
     order = flat.argsort(stable=True)
     shift = (ends - padded) - (sizes.cumsum(0) - sizes)  # from a choice's place in `order` to its slot
     slot = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
-    capacity = -(-(len(flat) + count * (pad - 1)) // pad) * pad
+    capacity = -(-(len(flat) + count * (pad - 1)) // pad) * pad if tokens else 0
     source = flat.new_zeros(capacity).scatter_(0, slot, order // k)
     slots = torch.empty_like(flat).scatter_(0, order, slot).view(tokens, k)
     return Layout(source, slots, ends.int())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.grouped import grouped_matmul
 from model.linear import Deferred, Linear
+from model.sequence import Sequence, WholeSequence
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -41,10 +42,12 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = Linear(hidden, 2, ffn)
         self.down = Linear(ffn, hidden)
+        self.sequence: Sequence = WholeSequence()
 
     def forward(self, x: Tensor, deferred: Deferred = None) -> Tensor:
         """[..., H] -> [..., H]."""
-        return self.down(swiglu(self.gate_up(x, deferred)), deferred)
+        (x,) = self.sequence.gather(x)
+        return self.sequence.scatter(self.down(swiglu(self.gate_up(x, deferred)), deferred))
 
 
 class GroupedLinear(nn.Module):

@@ -7,6 +7,8 @@ softmax - onehot in place and multiplies that both ways, so that peak memory is 
 Shapes: hidden [T, H], weight [V, H], labels and counted [T]. Logits and sums are at least float32.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -55,5 +57,11 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-    """hidden [T, H], weight [V, H], labels [T] int64, counted [T] bool -> scalar sum in nats."""
-    return CrossEntropyFunction.apply(hidden, weight, labels, counted)
+    """hidden [..., H], weight [V, H], labels [...] int64, counted [...] bool -> scalar sum in nats."""
+    return CrossEntropyFunction.apply(hidden.flatten(0, -2), weight, labels.flatten(), counted.flatten())
+
+
+class CrossEntropy(Protocol):
+    """The seam behind which a head may be split by its vocabulary: the shapes of ``cross_entropy``."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor: ...

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from model.config import ModelConfig, MoEConfig, ScoreFunction
+from model.sequence import Sequence, WholeSequence
 
 
 class Routing(NamedTuple):
@@ -50,6 +51,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.moe = config.moe
+        self.sequence: Sequence = WholeSequence()
         self.weight = nn.Parameter(torch.empty(config.moe.experts, config.hidden))
         self.register_buffer("bias", torch.zeros(config.moe.experts))
 
@@ -65,9 +67,12 @@ class Router(nn.Module):
         counts = torch.zeros(sequences, moe.experts, dtype=torch.int64, device=x.device)
         chosen = experts.view(sequences, -1)
         counts = counts.scatter_add(1, chosen, torch.ones_like(chosen))
-        share = (scores / scores.sum(-1, keepdim=True)).view(sequences, -1, moe.experts).mean(1)
-        frequency = counts.to(scores.dtype) * (moe.experts / chosen.shape[1])
-        return Routing(experts, gates * moe.gate_scale, (frequency * share).sum(), counts.sum(0))
+        # f is the whole sequence's, P sums over this shard: summed over the shards, f P is the whole sequence's.
+        share = (scores / scores.sum(-1, keepdim=True)).view(sequences, -1, moe.experts).sum(1)
+        length = chosen.shape[1] // moe.top_k * self.sequence.degree
+        frequency = self.sequence.total(counts).to(scores.dtype) * (moe.experts / (moe.top_k * length))
+        aux = (frequency * share).sum() / length
+        return Routing(experts, gates * moe.gate_scale, aux, counts.sum(0))
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:

@@ -20,7 +20,7 @@ from model.core import Core, attend
 from model.embedding import Embedding
 from model.exchange import Exchange
 from model.linear import Deferred, Linear
-from model.loss import cross_entropy
+from model.loss import CrossEntropy, cross_entropy
 from model.rope import tables
 from model.router import Router, Routing
 
@@ -51,6 +51,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden)
         self.layers = nn.ModuleList(Block(config, i, core, exchange) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.cross_entropy: CrossEntropy = cross_entropy
         self.head = self.embedding if config.tied else Linear(config.hidden, config.vocab_size)
         self.mtp = nn.ModuleList(
             MTPModule(config, config.num_layers + d, core, exchange) for d in range(config.mtp.depth)
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
 
     def _cross_entropy(self, hidden: Tensor, batch: Batch, d: int) -> Tensor:
         labels, counted = slice_labels(batch, self.config.mtp.depth, d)
-        return cross_entropy(hidden.flatten(0, 1), self.head.weight, labels.flatten(), counted.flatten())
+        return self.cross_entropy(hidden, self.head.weight, labels, counted)
 
     def _losses(self, sums: list[Tensor], routings: list[Routing], denominators: Denominators) -> Losses:
         config, stacked = self.config, torch.stack(sums)

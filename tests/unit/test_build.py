@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import make_config
 
-from model.build import build, draw, split_streams
+from model.build import build, draw
 from model.transformer import Transformer
 
 CONFIG = make_config(mtp=1)
@@ -18,30 +18,41 @@ def parameters(model: Transformer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(11, 7), (6, 2, 5, 3)], ids=["rows", "experts"])
 def test_a_slice_is_drawn_as_it_is_in_the_whole(shape: tuple[int, ...]) -> None:
-    whole = draw("name", shape, range(shape[0]), 0.02, seed=3)
+    name = "layers.1.experts.routed.down.weight" if len(shape) > 2 else "name"
+    rest = (slice(None),) * (len(shape) - 1)
+    whole = draw(name, shape, (slice(None), *rest), 0.02, seed=3)
     assert whole.shape == shape and whole.dtype == torch.float32
-    for rows in (range(2, 5), range(shape[0] - 1, shape[0]), range(0, shape[0], 2), range(0)):
-        assert torch.equal(draw("name", shape, rows, 0.02, seed=3), whole[list(rows)])
+    for rows in (slice(2, 5), slice(shape[0] - 1, shape[0]), slice(0, shape[0], 2), slice(0)):
+        assert torch.equal(draw(name, shape, (rows, *rest), 0.02, seed=3), whole[rows])
+    columns = (slice(None), *rest[1:], slice(1, 3))
+    assert torch.equal(draw(name, shape, columns, 0.02, seed=3), whole[columns])
+
+
+def test_a_part_of_a_fused_weight_is_drawn_as_it_is_in_the_whole() -> None:
+    whole = draw("layers.0.mlp.swiglu.gate_up.weight", (2, 5, 3), (slice(None),) * 3, 1.0, seed=0)
+    part = (slice(None), slice(2, 4), slice(None))
+    assert torch.equal(draw("layers.0.mlp.swiglu.gate_up.weight", (2, 5, 3), part, 1.0, seed=0), whole[part])
+    assert torch.equal(
+        draw("layers.0.mlp.swiglu.gate_up.weight", (10, 3), (slice(None),) * 2, 1.0, 0).view(2, 5, 3), whole
+    )
 
 
 def test_a_model_is_made_of_those_draws() -> None:
     whole = parameters(build(CONFIG, torch.float32, "cpu", 5))
     for name, parameter in whole.items():
         if parameter.dim() > 1:
-            keyed = split_streams(name, parameter)
-            rows = draw(name, tuple(keyed.shape), range(1, 2), CONFIG.init_std, 5)
-            assert torch.equal(rows, keyed[1:2]), name
+            region = (slice(1, 2), *[slice(None)] * (parameter.dim() - 1))
+            assert torch.equal(draw(name, parameter.shape, region, CONFIG.init_std, 5), parameter[region]), name
         else:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
     names = {"layers.1.experts.routed.gate_up.weight": (6, 2, 5, 12), "embedding.weight": (19, 12)}
-    fused = "layers.0.mlp.swiglu.gate_up.weight"  # two parts, one stream a row of each
-    assert split_streams(fused, whole[fused]).shape == (2 * CONFIG.ffn, CONFIG.hidden)
     assert {name: tuple(whole[name].shape) for name in names} == names
 
 
 def test_seed_name_and_index_each_matter() -> None:
-    first = draw("name", (2, 64), range(2), 1.0, seed=0)
-    others = [draw("name", (2, 64), range(2), 1.0, seed=1), draw("names", (2, 64), range(2), 1.0, seed=0)]
+    all_of_it = (slice(None), slice(None))
+    first = draw("name", (2, 64), all_of_it, 1.0, seed=0)
+    others = [draw("name", (2, 64), all_of_it, 1.0, seed=1), draw("names", (2, 64), all_of_it, 1.0, seed=0)]
     rows = [*first, *others[0], *others[1]]
     for i, row in enumerate(rows):
         for other in rows[:i]:
@@ -68,7 +79,7 @@ def test_a_narrow_model_is_the_float32_model_rounded() -> None:
 
 
 def test_the_distribution_is_normal_with_the_configured_deviation() -> None:
-    values = draw("weight", (500, 400), range(500), 0.006, seed=1).double() / 0.006
+    values = draw("weight", (500, 400), (slice(None), slice(None)), 0.006, seed=1).double() / 0.006
     count = values.numel()
     assert abs(float(values.mean())) < 4 / count**0.5
     assert abs(float(values.std()) - 1) < 4 / (2 * count) ** 0.5
@@ -78,7 +89,7 @@ def test_the_distribution_is_normal_with_the_configured_deviation() -> None:
 
 def test_ten_rows_of_a_large_embedding_cost_ten_rows() -> None:
     tracemalloc.start()
-    rows = draw("embedding.weight", (129280, 7168), range(1000, 1010), 0.006, seed=0)
+    rows = draw("embedding.weight", (129280, 7168), (slice(1000, 1010), slice(None)), 0.006, seed=0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert rows.shape == (10, 7168)
