@@ -14,7 +14,6 @@ pipeline stage. Beside the axes of the views, four unions of dense axes name a g
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from math import prod
 
 
 class Axis(StrEnum):
@@ -30,18 +29,6 @@ class Axis(StrEnum):
     sequence = "sequence"  # cp, tp: shards of the same sequences
     stage = "stage"  # dp, cp, tp: holders of a parameter that every rank of its stage has whole
     world = "world"
-
-
-_DENSE = {
-    Axis.pp: (Axis.pp,),
-    Axis.dp: (Axis.dp,),
-    Axis.cp: (Axis.cp,),
-    Axis.tp: (Axis.tp,),
-    Axis.replicas: (Axis.dp, Axis.cp),
-    Axis.sequence: (Axis.cp, Axis.tp),
-    Axis.stage: (Axis.dp, Axis.cp, Axis.tp),
-    Axis.world: (Axis.pp, Axis.dp, Axis.cp, Axis.tp),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,42 +67,39 @@ class Topology:
 
     def degree(self, axis: Axis) -> int:
         """Ranks in a group of ``axis``."""
-        return prod(size for size, _ in self._steps(axis))
+        return self._step(axis)[0]
 
     def coordinate(self, rank: int, axis: Axis) -> int:
         """The place of ``rank`` in its group of ``axis``: ``group(rank, axis)[coordinate] == rank``."""
-        place = 0
-        for size, stride in self._steps(axis):
-            place = place * size + rank // stride % size
-        return place
+        size, stride = self._step(axis)
+        return rank // stride % size
 
     def group(self, rank: int, axis: Axis) -> tuple[int, ...]:
         """The ranks, ascending, that share everything with ``rank`` but their place on ``axis``."""
-        members: tuple[int, ...] = (rank - sum(rank // stride % size * stride for size, stride in self._steps(axis)),)
-        for size, stride in self._steps(axis):
-            members = tuple(first + place * stride for first in members for place in range(size))
-        return members
+        size, stride = self._step(axis)
+        first = rank - rank // stride % size * stride
+        return tuple(range(first, first + size * stride, stride))
 
     def groups(self, axis: Axis) -> Iterator[tuple[int, ...]]:
         """Every group of ``axis``, by its first rank; together they hold each rank once."""
-        steps = self._steps(axis)
         for rank in range(self.world):
-            if not any(rank // stride % size for size, stride in steps):
+            if self.coordinate(rank, axis) == 0:
                 yield self.group(rank, axis)
 
-    def _steps(self, axis: Axis) -> tuple[tuple[int, int], ...]:
-        """Degree and stride in ranks of every axis that ``axis`` is made of, the slowest first."""
-        if axis is Axis.ep:
-            return ((self.ep, 1),)
-        if axis is Axis.edp:
-            return ((self.edp, self.ep),)
-        strides = {
-            Axis.pp: self.stage_size,
-            Axis.dp: self.cp * self.tp,
-            Axis.cp: self.tp,
-            Axis.tp: 1,
-        }
-        return tuple((int(getattr(self, part)), strides[part]) for part in _DENSE[axis])
+    def _step(self, axis: Axis) -> tuple[int, int]:
+        """Ranks in a group, and the distance between neighbours: a union joins axes that lie side by side."""
+        return {
+            Axis.pp: (self.pp, self.stage_size),
+            Axis.dp: (self.dp, self.cp * self.tp),
+            Axis.cp: (self.cp, self.tp),
+            Axis.tp: (self.tp, 1),
+            Axis.edp: (self.edp, self.ep),
+            Axis.ep: (self.ep, 1),
+            Axis.replicas: (self.dp * self.cp, self.tp),
+            Axis.sequence: (self.cp * self.tp, 1),
+            Axis.stage: (self.stage_size, 1),
+            Axis.world: (self.world, 1),
+        }[axis]
 
 
 def arrange(world: int, *, pp: int = 1, dp: int | None = None, cp: int = 1, tp: int = 1, ep: int = 1) -> Topology:
