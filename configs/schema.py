@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from configs.cluster import ClusterConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.rules import check, check_model
+from parallel.topology import Topology
 from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, RunSection
+from training.ramp import batch_sizes
 
 BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
 
@@ -32,6 +35,12 @@ class TrainConfig:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, what data.tokenizer=bytes has"
             )
+        p, length = self.parallel, self.data.sequence_length
+        if p.dp is None:  # known once the ranks are: checked again at start
+            check_model(self.model, length, p)
+        else:
+            topology = Topology(pp=p.pp, dp=p.dp, cp=p.cp, tp=p.tp, ep=p.ep)
+            check(self.model, length, batch_sizes(self.run), topology)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,13 @@
-"""Configuration of the parallel layout: the five degrees."""
+"""Configuration of the parallel layout: the five degrees and the engine. Standard library only."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class EngineName(StrEnum):
+    """Who sums gradients over ranks and owns the optimizer's state."""
+
+    native = "native"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -8,15 +15,18 @@ class ParallelConfig:
     """How many ways each axis splits the work. ``dp`` defaults to what the other axes leave of the world."""
 
     pp: int = 1  # pipeline stages
-    dp: int | None = None  # data-parallel replicas
+    dp: int | None = None  # data-parallel replicas; null: what the others leave of the ranks
     cp: int = 1  # context: a sequence over ranks
     tp: int = 1  # tensor: a layer over ranks
     ep: int = 1  # expert: routed experts over dp * cp * tp ranks
+    engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
 
     def __post_init__(self) -> None:
         for axis in ("pp", "dp", "cp", "tp", "ep"):
             degree = getattr(self, axis)
             if degree is not None and degree < 1:
                 raise ValueError(f"parallel.{axis}={degree} must be at least 1")
-            if degree is not None and degree > 1:
-                raise ValueError(f"parallel.{axis}={degree} must be 1: only one process is supported so far")
+        if self.pp > 1:
+            raise ValueError(f"parallel.pp={self.pp} must be 1: there are no pipelines yet")
+        if self.cp > 1:
+            raise ValueError(f"parallel.cp={self.cp} must be 1: there is no context parallelism yet")

@@ -54,13 +54,18 @@ class BatchSchedule:
         return self.levels[bisect_right(self.levels, step, key=lambda level: level.step) - 1]
 
 
+def batch_sizes(run: RunSection) -> range:
+    """The sizes that the global batch takes in a run, ascending, in sequences; the last is ``run.global_batch``."""
+    start = run.global_batch if run.ramp.start is None else run.ramp.start
+    return range(start, run.global_batch + 1, run.ramp.jump or start)
+
+
 def schedule_batches(run: RunSection, sequence_length: int) -> BatchSchedule:
     """The schedule that ``run.global_batch`` and ``run.ramp`` describe; ``sequence_length`` in tokens."""
-    start, full, jump = run.ramp.start, run.global_batch, run.ramp.jump or run.ramp.start
-    if start is None or jump is None:
-        return BatchSchedule((Level(0, 0, full),))
+    sizes = batch_sizes(run)
+    start, full = sizes[0], sizes[-1]
     levels = [Level(0, 0, start)]
-    for batch in range(start + jump, full + 1, jump):
+    for batch in sizes[1:]:
         step, before, size = levels[-1]
         # The line from start to full passes `batch` after tokens * (batch - start) / (full - start) tokens;
         # the first step to begin there or later has it. In whole numbers, so that no rounding moves a

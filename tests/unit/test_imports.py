@@ -16,9 +16,20 @@ ROOMS = ("configs", "launcher", "model", "parallel", "planner", "training")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 # Loaded inside the function that needs them: they cost seconds, or are not there.
 LAZY = {"deepspeed", "mpi4py", "transformers", "triton", "wandb", "tensorboard", "pynvml"}
-PURE = {"configs", "model.config", "parallel.config", "training.config"}
+PURE = {
+    "configs", "model.config", "parallel.config", "parallel.rules", "parallel.topology", "training.config",
+    "training.ramp",
+}  # fmt: skip
 # Data and rules about ranks: the standard library, numpy where it pays.
-PLAIN = ("topology", "placement", "pipeline/action", "pipeline/schedules", "pipeline/validate", "pipeline/simulate")
+PLAIN = (
+    "topology",
+    "placement",
+    "balance",
+    "pipeline/action",
+    "pipeline/schedules",
+    "pipeline/validate",
+    "pipeline/simulate",
+)
 
 
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:

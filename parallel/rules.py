@@ -1,0 +1,72 @@
+"""Which models and batches a layout takes. Standard library only: asked when a configuration is composed and at start.
+
+    attention heads      divide by tp            a rank computes whole heads
+    routed experts       divide by ep            a rank holds whole experts, equally many
+    sequence length      divides by cp * tp      ranks hold equal shards of a sequence
+    every global batch   divides by dp           replicas train on equally many sequences
+
+Vocabulary and MLP widths need not divide: their parts differ by one row at most (parallel/placement.py).
+"""
+
+from collections.abc import Iterable
+
+from model.config import ModelConfig
+from parallel.config import ParallelConfig
+from parallel.topology import Topology
+
+
+def check(model: ModelConfig, sequence_length: int, global_batches: Iterable[int], topology: Topology) -> None:
+    """Raises ValueError if ``topology`` cannot train ``model`` on sequences of ``sequence_length`` tokens.
+
+    ``global_batches`` are the sizes that the batch takes in a run, in sequences; the last is ``run.global_batch``.
+    """
+    check_model(model, sequence_length, topology)
+    *ramp, full = global_batches
+    for batch in ramp:
+        if batch % topology.dp:
+            raise ValueError(
+                f"run.ramp makes a batch of {batch}, which must be divisible by parallel.dp={topology.dp}: replicas "
+                "train on equally many sequences; make run.ramp.start and run.ramp.jump multiples of parallel.dp"
+            )
+    if full % topology.dp:
+        raise ValueError(
+            f"run.global_batch={full} must be divisible by parallel.dp={topology.dp}: replicas train on equally many "
+            f"sequences; the nearest that are: {_multiples(full, topology.dp)}"
+        )
+
+
+def check_model(model: ModelConfig, sequence_length: int, layout: Topology | ParallelConfig) -> None:
+    """The rules that hold whatever dp is. Raises ValueError."""
+    heads, experts, shards = model.attention.heads, model.moe.experts, layout.cp * layout.tp
+    if heads % layout.tp:
+        raise ValueError(
+            f"parallel.tp={layout.tp} must divide model.attention.heads={heads}: a rank computes whole heads; "
+            f"the nearest that do: {_divisors(heads, layout.tp)}"
+        )
+    if layout.ep > 1 and experts == 0:
+        raise ValueError(f"parallel.ep={layout.ep} must be 1: with model.moe.experts=0 there are no experts to spread")
+    if experts % layout.ep:
+        raise ValueError(
+            f"parallel.ep={layout.ep} must divide model.moe.experts={experts}: a rank holds whole experts, equally "
+            f"many; the nearest that do: {_divisors(experts, layout.ep)}"
+        )
+    if sequence_length % shards:
+        raise ValueError(
+            f"data.sequence_length={sequence_length} must be divisible by parallel.cp*tp = {layout.cp}*{layout.tp} = "
+            f"{shards}: ranks hold equal shards of a sequence; the nearest that are: "
+            f"{_multiples(sequence_length, shards)}"
+        )
+
+
+def _divisors(number: int, degree: int) -> str:
+    """The divisors of ``number`` on either side of ``degree``."""
+    all_of_them = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below = [divisor for divisor in all_of_them if divisor < degree][-1:]
+    above = [divisor for divisor in all_of_them if divisor > degree][:1]
+    return ", ".join(map(str, below + above))
+
+
+def _multiples(number: int, degree: int) -> str:
+    """The positive multiples of ``degree`` on either side of ``number``."""
+    below = number // degree * degree
+    return ", ".join(str(multiple) for multiple in (below, below + degree) if multiple)
