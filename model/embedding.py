@@ -4,6 +4,8 @@ A frequent token's row receives hundreds of contributions in one micro-batch; su
 Shapes: ids [...] int64, weight [V, H], result [..., H].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +28,22 @@ class EmbeddingFunction(torch.autograd.Function):
         return None, total.to(ctx.dtype)
 
 
+def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+    """ids [...], weight [V, H] -> [..., H]."""
+    return EmbeddingFunction.apply(ids, weight)
+
+
+Lookup = Callable[[Tensor, Tensor], Tensor]
+
+
 class Embedding(nn.Module):
-    """A table [V, H]."""
+    """A table [V, H]. ``lookup`` is the seam behind which it may be split by its rows."""
 
     def __init__(self, vocab_size: int, hidden: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden))
+        self.lookup: Lookup = look_up
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., H]."""
-        return EmbeddingFunction.apply(ids, self.weight)
+        return self.lookup(ids, self.weight)

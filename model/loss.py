@@ -15,11 +15,11 @@ from torch import Tensor
 CHUNK = 2**25  # logits held at once: 128 MiB in float32
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def widen(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
+def split_chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
     size = max(1, CHUNK // vocab)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -29,10 +29,10 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        wide = _wide(hidden.dtype)
+        wide = widen(hidden.dtype)
         normaliser = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for start, end in _chunks(len(hidden), len(weight)):
+        for start, end in split_chunks(len(hidden), len(weight)):
             logits = (hidden[start:end] @ weight.t()).to(wide)
             normaliser[start:end] = logits.logsumexp(-1)
             losses = normaliser[start:end] - logits.gather(-1, labels[start:end, None])[:, 0]
@@ -44,9 +44,9 @@ class CrossEntropyFunction(torch.autograd.Function):
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         hidden, weight, labels, counted, normaliser = ctx.saved_tensors
         g_hidden = torch.empty_like(hidden)
-        g_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
+        g_weight = torch.zeros_like(weight, dtype=widen(weight.dtype))
         scale = (counted * g)[:, None]
-        for start, end in _chunks(len(hidden), len(weight)):
+        for start, end in split_chunks(len(hidden), len(weight)):
             logits = (hidden[start:end] @ weight.t()).to(normaliser.dtype)
             p = (logits - normaliser[start:end, None]).exp()
             p = p.scatter_add(-1, labels[start:end, None], -torch.ones_like(p[:, :1]))

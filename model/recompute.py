@@ -4,8 +4,8 @@
     selective   keep products and the attention core; compute again norms, MLA up-projections, SwiGLU, permutations
     full        keep the segment's input only
 
-Selective is DeepSeek-V3's choice (section 3.2.3). Routing decisions are kept whatever the policy, and communication is
-outside of compute segments, so that a second forward cannot route a token elsewhere, count it twice or talk to anyone.
+Selective is DeepSeek-V3's choice (section 3.2.3). Routing decisions and what came from other ranks are kept whatever
+the policy, so that a second forward cannot route a token elsewhere, count it twice or talk to anyone.
 Statistics leave a segment as outputs of its first forward. Built on torch's selective activation checkpointing.
 """
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from model.config import ModelConfig, Recompute
 
+COMMUNICATION = "shoestring_comm"  # ops of this namespace talk to other ranks
 DECISIONS = (torch.ops.aten.topk.default,)
 PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -39,6 +40,8 @@ def up_projections(config: ModelConfig) -> frozenset[tuple[int, int]]:
 def _policy(
     kept: tuple[Any, ...], repeated: frozenset[tuple[int, int]], context: Any, op: Any, *args: Any, **options: Any
 ) -> Any:
+    if op.namespace == COMMUNICATION:
+        return CheckpointPolicy.MUST_SAVE
     if op in kept and not (op is torch.ops.aten.mm.default and tuple(args[1].shape) in repeated):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,66 @@
+"""Collectives: each starts at once and gives a ``Pending``, whose ``wait`` gives the result. None is autograd's.
+
+Shapes: n ranks in the group; x [...] on each. Results never depend on timing: sums go in the order of ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A collective under way."""
+
+    work: dist.Work | None
+    finish: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        """The result, once it is there. To be called once."""
+        if self.work is not None:
+            self.work.wait()
+        return self.finish()
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """x [...] of every rank -> [n, ...]."""
+    out = x.new_empty(group.size(), *x.shape)
+    # Flat, because gloo wants the dims of both to agree.
+    work = dist.all_gather_single(out.view(-1), x.contiguous().view(-1), group, async_op=True)
+    return Pending(work, lambda: out)
+
+
+def sum_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """x [n, ...] of every rank -> [...]: the sum over ranks of the part that is this rank's."""
+    return SUM_SCATTER.get(dist.get_backend(group), _reduce_scatter)(x.contiguous(), group)
+
+
+def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Pending:
+    """The first ``sent[0]`` rows go to rank 0 of the group, the next to rank 1 ... -> rows received, by rank."""
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    work = dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group, async_op=True)
+    return Pending(work, lambda: out)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """x [...] of every rank -> its sum or maximum. ``x`` is left alone."""
+    out = x.clone()
+    return Pending(dist.all_reduce(out, op, group, async_op=True), lambda: out)
+
+
+def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    out = torch.empty_like(x[0])
+    return Pending(dist.reduce_scatter_single(out, x, dist.ReduceOp.SUM, group, async_op=True), lambda: out)
+
+
+def _exchange_and_add(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    # Narrow dtypes are added in float32 and rounded once, which a reduction on the way could not do.
+    out = torch.empty_like(x)
+    return Pending(dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out.sum(0))
+
+
+# On gloo a reduce-scatter takes several times as long as an all-to-all and a sum.
+SUM_SCATTER = {"gloo": _exchange_and_add}
