@@ -12,7 +12,7 @@ Three steps make every order (the published balancer of DeepSeek-V3, EPLB; the r
     replicas -> ranks of a node     pack
 
 Training has as many slots as experts, so nothing is replicated: the order is a permutation. Serving has more; a token
-goes to any one replica, so each carries load / count. With one group and one node the order is free of nodes. Routers
+goes to any one replica, so each carries load / copies. With one group and one node the order is free of nodes. Routers
 that limit a token to a few groups limit it to as few nodes only while every group lies within one node.
 
 Packing heaviest first stays within 4/3 - 1/(3 bins) of the best possible (Graham 1969, bins of any count; for equal
@@ -34,8 +34,8 @@ class Replicas(NamedTuple):
     """Where the replicas of every expert lie."""
 
     experts: Ints  # [P] the expert in each slot
-    slots: Ints  # [E, max(count)] the slots of each expert, ascending, then -1
-    count: Ints  # [E] replicas, at least 1
+    slots: Ints  # [E, max(copies)] the slots of each expert, ascending, then -1
+    copies: Ints  # [E] how many replicas, at least 1
 
 
 def permutation(load: ArrayLike, ranks: int, groups: int = 1, nodes: int = 1) -> Ints:
@@ -60,12 +60,12 @@ def replicas(load: ArrayLike, slots: int, ranks: int, groups: int = 1, nodes: in
     """
     load = _check(load, slots, ranks, groups, nodes)
     experts = _spread(load, slots, ranks, groups, nodes)
-    count = np.bincount(experts, minlength=len(load))
-    places = np.full((len(load), count.max()), -1)
+    copies = np.bincount(experts, minlength=len(load))
+    places = np.full((len(load), copies.max()), -1)
     by_expert = experts.argsort(kind="stable")
-    nth = np.arange(slots) - np.repeat(count.cumsum() - count, count)  # a replica's number among those of its expert
+    nth = np.arange(slots) - np.repeat(copies.cumsum() - copies, copies)  # a replica's number among those of its expert
     places[experts[by_expert], nth] = by_expert
-    return Replicas(experts, places, count)
+    return Replicas(experts, places, copies)
 
 
 def carried(load: ArrayLike, experts: Ints, ranks: int) -> Floats:

@@ -76,17 +76,17 @@ def assert_groups_within_nodes(experts: np.ndarray, case: Case) -> None:
 def test_replicas_fill_the_slots_and_leave_no_expert_out() -> None:
     for case in CASES:
         maps = replicas(*case)
-        assert len(maps.experts) == case.slots and maps.count.sum() == case.slots
-        assert maps.count.min() >= 1 and len(maps.count) == len(case.load)
-        assert np.bincount(maps.experts, minlength=len(case.load)).tolist() == maps.count.tolist()
+        assert len(maps.experts) == case.slots and maps.copies.sum() == case.slots
+        assert maps.copies.min() >= 1 and len(maps.copies) == len(case.load)
+        assert np.bincount(maps.experts, minlength=len(case.load)).tolist() == maps.copies.tolist()
         assert maps.experts.reshape(case.ranks, -1).shape == (case.ranks, case.slots // case.ranks)
 
 
 def test_both_maps_of_replicas_say_the_same() -> None:
     for case in CASES:
         maps = replicas(*case)
-        assert maps.slots.shape == (len(case.load), maps.count.max())
-        for expert, (places, count) in enumerate(zip(maps.slots, maps.count, strict=True)):
+        assert maps.slots.shape == (len(case.load), maps.copies.max())
+        for expert, (places, count) in enumerate(zip(maps.slots, maps.copies, strict=True)):
             assert places[:count].tolist() == np.flatnonzero(maps.experts == expert).tolist()
             assert (places[count:] == -1).all()
 
@@ -103,7 +103,7 @@ def test_hierarchical_replicas_keep_groups_within_nodes_and_global_ones_ignore_t
 def test_another_replica_goes_where_a_replica_carries_most() -> None:
     """No expert has one replica too many: without its last, each replica would carry at least as much as any now."""
     for case in CASES:
-        count = replicas(case.load, case.slots, case.ranks).count
+        count = replicas(case.load, case.slots, case.ranks).copies
         once_less = case.load[count > 1] / (count[count > 1] - 1)
         assert (once_less >= (case.load / count).max()).all()
 
@@ -137,7 +137,7 @@ def test_replicas_worked_by_hand() -> None:
     maps = replicas([7, 12, 5, 4], slots=6, ranks=3)
     assert maps.experts.tolist() == [1, 0, 1, 0, 2, 3]
     assert maps.slots.tolist() == [[1, 3], [0, 2], [4, -1], [5, -1]]
-    assert maps.count.tolist() == [2, 2, 1, 1]
+    assert maps.copies.tolist() == [2, 2, 1, 1]
     assert carried([7, 12, 5, 4], maps.experts, 3).tolist() == [9.5, 9.5, 9]
 
 
