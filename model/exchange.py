@@ -86,7 +86,7 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         (slots,) = ctx.saved_tensors
-        return g.index_select(0, slots.flatten()).view(*slots.shape, -1).sum(1), None, None
+        return g.index_select(0, slots.flatten()).unflatten(0, slots.shape).sum(1), None, None
 
 
 class Unpermute(torch.autograd.Function):
@@ -95,7 +95,7 @@ class Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, gates: Tensor, source: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows, gates, source, slots)
-        chosen = rows.index_select(0, slots.flatten()).view(*slots.shape, -1)
+        chosen = rows.index_select(0, slots.flatten()).unflatten(0, slots.shape)
         return (chosen * gates[..., None]).sum(1).to(rows.dtype)
 
     @staticmethod
@@ -103,7 +103,7 @@ class Unpermute(torch.autograd.Function):
         rows, gates, source, slots = ctx.saved_tensors
         # A padding slot's gate is zero, so nothing flows back through it.
         gate = gates.new_zeros(len(source)).scatter(0, slots.flatten(), gates.flatten())
-        chosen = rows.index_select(0, slots.flatten()).view(*slots.shape, -1)
+        chosen = rows.index_select(0, slots.flatten()).unflatten(0, slots.shape)
         # Weighed in the rows' own dtype and in place: a float32 product of this size costs 4% of an eager step.
         g_rows = g.index_select(0, source).mul_(gate[:, None].to(rows.dtype))
         return g_rows, (chosen * g[:, None]).sum(-1, dtype=gates.dtype), None, None
