@@ -1,43 +1,57 @@
 """The process groups of a run: made once, all at the start, passed explicitly. Nothing else holds one.
 
-Each kind of traffic has groups of its own, because two collectives on one group share its connections: a small message
-behind a bulk one waits for it. Groups of the same ranks for the same traffic are one group.
+    connect(device)  ->  Mesh(topology, device)  ->  mesh.group(Axis.ep, Traffic.tokens)  ->  disconnect()
+
+Which groups there are is the table in parallel/traffic.py. Groups of the same ranks for the same traffic are one group.
 """
 
+import os
 from datetime import timedelta
-from enum import StrEnum
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from parallel.topology import Axis, Topology
-
-
-class Traffic(StrEnum):
-    """What travels."""
-
-    tensor = "tensor"  # activations between shards of a sequence
-    tokens = "tokens"  # rows to experts and back
-    counts = "counts"  # how many rows
-    data = "data"  # gradients and weights
-    control = "control"  # statistics, agreements
-
-
-GROUPS = (
-    (Axis.tp, Traffic.tensor),
-    (Axis.sequence, Traffic.control),
-    (Axis.ep, Traffic.tokens),
-    (Axis.ep, Traffic.counts),
-    (Axis.stage, Traffic.data),
-    (Axis.replicas, Traffic.data),
-    (Axis.edp, Traffic.data),
-    (Axis.dp, Traffic.control),
-    (Axis.stage, Traffic.control),
-    (Axis.world, Traffic.control),
-)
+from parallel.traffic import GROUPS, Traffic
 
 # ROCm builds of torch call their devices cuda and RCCL nccl.
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
+
+
+def connect(
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    store: Path | None = None,
+    timeout: timedelta | None = None,
+) -> None:
+    """Joins this process to the ranks of its run, by the backend of its device.
+
+    They find each other through ``store``, a fresh file in a folder that all of them see. Without one, through the
+    environment, where a launcher such as torchrun has set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; else this
+    process is the only one. Raises ValueError for a device that no backend is known for.
+    """
+    if device.type not in BACKENDS:
+        raise ValueError(f"run.device={device.type} must be one of {', '.join(BACKENDS)}: no other has a backend here")
+    # A rank that is bound to its device makes its connections now, not inside the first step.
+    bound = None
+    if device.type != "cpu":
+        index = torch.accelerator.current_device_index() if device.index is None else device.index
+        bound = torch.device(device.type, index)
+    backend = BACKENDS[device.type]
+    if store is None and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=bound)
+        return
+    assert store is not None or world == 1
+    found = dist.HashStore() if store is None else dist.FileStore(str(store), world)
+    dist.init_process_group(backend, store=found, rank=rank, world_size=world, timeout=timeout, device_id=bound)
+
+
+def disconnect() -> None:
+    """Leaves, together with every other rank: one that is still talking would be cut off, and gloo would abort it."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class Mesh:

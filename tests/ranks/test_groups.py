@@ -1,0 +1,52 @@
+"""The groups of a mesh on real ranks: each carries its own ranks' numbers, and nobody else's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_ranks
+
+from parallel.mesh import Mesh, connect, disconnect
+from parallel.topology import Topology
+from parallel.traffic import GROUPS
+
+CPU = torch.device("cpu")
+
+
+def add_ranks(mesh: Mesh) -> list[int]:
+    """The sum of the ranks of every group."""
+    sums = []
+    for axis, traffic in GROUPS:
+        tensor = torch.tensor([mesh.rank])
+        dist.all_reduce(tensor, group=mesh.group(axis, traffic))
+        sums.append(int(tensor))
+    return sums
+
+
+def add_all(rank: int, world: int, topology: Topology) -> list[int]:
+    return add_ranks(Mesh(topology, CPU))
+
+
+def reconnect(rank: int, world: int, folder: Path) -> list[int]:
+    """Two runs after each other in one process; the second is left to the caller to end."""
+    disconnect()
+    connect(CPU, rank, world, folder / "first")
+    add_ranks(Mesh(Topology(dp=world), CPU))
+    disconnect()
+    connect(CPU, rank, world, folder / "second")
+    return add_ranks(Mesh(Topology(tp=world), CPU))
+
+
+@pytest.mark.parametrize(
+    "topology", [Topology(dp=2, tp=2, ep=2), Topology(dp=3, tp=2, ep=3), Topology(pp=2, dp=2, tp=2, ep=4)], ids=str
+)
+def test_every_group_sums_over_its_ranks(topology: Topology) -> None:
+    sums = run_ranks(add_all, topology.world, topology)
+    for rank, found in enumerate(sums):
+        assert found == [sum(topology.group(rank, axis)) for axis, _ in GROUPS]
+
+
+def test_ranks_connect_through_a_file(tmp_path: Path) -> None:
+    expected = [sum(Topology(tp=3).group(0, axis)) for axis, _ in GROUPS]
+    assert run_ranks(reconnect, 3, tmp_path)[0] == expected
