@@ -1,0 +1,184 @@
+"""Data parallelism by torch's fully_shard: weights, gradients and state of every block are sharded (ZeRO-3).
+
+    block        over the replicas of its tp shard (dp, cp): gathered before its forward and before its backward
+    its router   the same, in its own dtype
+    its experts  over the holders of the same experts (edp)
+    the rest     embedding, head, last norm, MTP's projections: one more unit
+
+Parameters are masters, in float32 or wider; a unit is cast to the compute dtype as it is gathered, and its gradients
+are summed in the masters' dtype after every backward. Parameters that tp has whole are summed over tp as well when the
+step is finished. Weight gradients that are put off never reach fully_shard's hooks: schedules that split the backward
+are for the native engine.
+
+Bytes of a rank for P elements held, Q = P / holders: 4 Q masters + 4 Q gradients + 8 Q moments (4 Q in bfloat16), and
+one or two units gathered, each c bytes an element to compute with and 4 for its gradients.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from model.block import Block
+from parallel.mesh import Mesh, Traffic
+from parallel.placement import Shard
+from parallel.topology import Axis
+from training.chunk import Chunk, copy_into
+from training.config import MomentDtype, OptimizerConfig
+from training.engine import State, Update
+from training.optimizer import Part, match, sum_squares, update
+
+
+class Owned(NamedTuple):
+    """What this rank has of a parameter's state."""
+
+    name: str
+    parameter: nn.Parameter  # a DTensor
+    shard: Shard
+    first: int  # the first of its rows in the shard's leading dim
+    m: Tensor
+    v: Tensor
+    decay: float
+
+
+def shard_stage(module: nn.Module, mesh: Mesh, compute: torch.dtype) -> None:
+    """Puts fully_shard on every block of ``module``, whose parameters are masters; they become DTensors."""
+
+    def over(axis: Axis) -> DeviceMesh:
+        return DeviceMesh.from_group(mesh.group(axis, Traffic.data), mesh.device.type)
+
+    masters = next(module.parameters()).dtype
+    replicas, holders = over(Axis.replicas), over(Axis.edp)
+    narrow = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in [block for block in module.modules() if isinstance(block, Block)]:
+        if block.exchange is not None:
+            fully_shard(block.experts.routed, mesh=holders, mp_policy=narrow)
+            assert block.attention.router is not None
+            fully_shard(block.attention.router, mesh=replicas, mp_policy=wide)
+        fully_shard(block, mesh=replicas, mp_policy=narrow)
+    fully_shard(module, mesh=replicas, mp_policy=narrow)
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):  # sums, where fully_shard would average
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+
+
+class Fsdp2:
+    """The engine for models whose weights do not fit a rank."""
+
+    def __init__(
+        self, stages: Mapping[int, nn.Module], shards: Mapping[str, Shard], mesh: Mesh, config: OptimizerConfig
+    ) -> None:
+        """``stages``: modules that ``shard_stage`` has seen. Raises ValueError for an ``optimizer.no_decay`` pattern
+        that matches no parameter.
+        """
+        self.config, self._mesh, self._stages = config, mesh, stages
+        self._steps = 0  # updates applied, the t of the bias correction
+        named = {name: parameter for module in stages.values() for name, parameter in module.named_parameters()}
+        undecayed = match(config.no_decay, named)
+        self._owned = [
+            self._own(name, parameter, shards[name], 0.0 if name in undecayed else config.weight_decay)
+            for name, parameter in named.items()
+        ]
+
+    def begin(self) -> None:
+        """Forgets the gradients."""
+        for owned in self._owned:
+            owned.parameter.grad = None
+
+    def forward(self, stage: int, *args: Any) -> Any:
+        """Calls the module of ``stage``."""
+        return self._stages[stage](*args)
+
+    def backward(self, stage: int, loss: Tensor) -> None:
+        """Adds the gradients of ``loss`` to the step's, summed over the holders at once."""
+        loss.backward()
+
+    def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Not to be had here: see the head of this file."""
+        raise AssertionError("weight gradients that are put off are for the native engine")
+
+    @torch.no_grad()
+    def finished(self, stage: int) -> None:
+        """Sums over tp what every tp rank has whole."""
+        if self._mesh.degree(Axis.tp) == 1:
+            return
+        names = {name for name, _ in self._stages[stage].named_parameters()}
+        grads = [_local_grad(o) for o in self._owned if o.name in names and o.shard.placement.axis is None]
+        joined = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(joined, group=self._mesh.group(Axis.tp, Traffic.tensor))
+        for grad, summed in zip(grads, joined.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+    @torch.no_grad()
+    def step(self, lr: float, finite: bool = True) -> Update:
+        """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite."""
+        norm = self._measure_norm()
+        if not (finite and math.isfinite(norm)):
+            return Update(norm, 1.0, False)
+        factor = self.config.clip / norm if 0 < self.config.clip < norm else 1.0
+        self._steps += 1
+        for o in self._owned:
+            master, grad, m, v = (tensor.view(-1) for tensor in (_local(o.parameter), _local_grad(o), o.m, o.v))
+            update(Part(master, grad, m, v, None, o.decay), self.config, self._steps, lr, factor)
+        return Update(norm, factor, True)
+
+    def state(self) -> State:
+        """This rank's part of masters and moments: views, each of them on one rank only."""
+        # What tp has whole is on every tp rank.
+        owned = [o for o in self._owned if o.shard.placement.axis is not None or not self._mesh.coordinate(Axis.tp)]
+        return State(self._steps, [chunk for o in owned for chunk in _chunks(o)])
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        """Takes over what ``state`` gave, which covers at least this rank's part; else raises ValueError."""
+        own = [chunk for o in self._owned for chunk in _chunks(o)]
+        wrong = sorted({c.name for c in own if not copy_into(c, (g for g in state.chunks if g.name == c.name))})
+        if wrong:
+            raise ValueError(f"optimizer state does not fit the model: {', '.join(wrong[:5])}")
+        self._steps = state.steps
+
+    def _own(self, name: str, parameter: nn.Parameter, shard: Shard, decay: float) -> Owned:
+        local = _local(parameter)
+        narrow = self.config.moments is MomentDtype.bf16
+        m, v = (torch.zeros_like(local, dtype=torch.bfloat16 if narrow else local.dtype) for _ in range(2))
+        # fully_shard cuts the leading dim into parts of one size, the last ones shorter or empty.
+        axis = shard.placement.holders if shard.placement.axis is Axis.ep else Axis.replicas
+        size = -(-shard.shape[0] // self._mesh.degree(axis))
+        return Owned(name, parameter, shard, min(self._mesh.coordinate(axis) * size, shard.shape[0]), m, v, decay)
+
+    def _measure_norm(self) -> float:
+        """Over all ranks, each element once: what tp has whole is on tp ranks, and each counts its share."""
+        device, tp = self._mesh.device, self._mesh.degree(Axis.tp)
+        whole = [_local_grad(o).view(-1) for o in self._owned if o.shard.placement.axis is None]
+        split = [_local_grad(o).view(-1) for o in self._owned if o.shard.placement.axis is not None]
+        total = sum_squares(whole, device) / tp + sum_squares(split, device)
+        dist.all_reduce(total, group=self._mesh.group(Axis.world, Traffic.control))
+        return total.sqrt().item()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    local = parameter.to_local().detach()
+    assert isinstance(local, Tensor)
+    return local
+
+
+def _local_grad(owned: Owned) -> Tensor:
+    if owned.parameter.grad is None:  # it took no part: its moments decay all the same
+        owned.parameter.grad = torch.zeros_like(owned.parameter)
+    return _local(owned.parameter.grad)
+
+
+def _chunks(owned: Owned) -> Iterator[Chunk]:
+    shard = owned.shard
+    offset = (shard.offset[0] + owned.first, *shard.offset[1:])
+    for part, tensor in (("master", _local(owned.parameter)), ("m", owned.m), ("v", owned.v)):
+        yield Chunk(f"{part}/{owned.name}", shard.global_shape, offset, tensor)
