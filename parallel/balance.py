@@ -68,9 +68,9 @@ def replicas(load: ArrayLike, slots: int, ranks: int, groups: int = 1, nodes: in
     return Replicas(experts, places, copies)
 
 
-def carried(load: ArrayLike, experts: Ints, ranks: int) -> Floats:
+def carried(load: ArrayLike, experts: ArrayLike, ranks: int) -> Floats:
     """The load [ranks] of each rank: ``load`` [E] shared evenly by the replicas of an expert, ``experts`` [P]."""
-    load = np.asarray(load, dtype=np.float64)
+    load, experts = np.asarray(load, dtype=np.float64), np.asarray(experts, dtype=np.int64)
     share = load / np.maximum(np.bincount(experts, minlength=len(load)), 1)
     total: Floats = share[experts].reshape(ranks, -1).sum(1)
     return total

@@ -1,8 +1,10 @@
 """The balancer: properties over drawn loads, examples worked by hand, and every packing of small cases."""
 
+import doctest
 import math
 from collections.abc import Iterator
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +53,7 @@ def test_a_permutation_holds_every_expert_once_and_is_never_worse_than_none() ->
         for groups, nodes in ((1, 1), (case.groups, case.nodes)):
             order = permutation(case.load, case.ranks, groups, nodes)
             assert sorted(order) == identity.tolist()
+            assert (np.diff(order.reshape(case.ranks, -1)) > 0).all(), "ascending within a rank"
             before, after = (carried(case.load, x, case.ranks) for x in (identity, order))
             assert after.max() <= before.max()
             better += after.max() < before.max()
@@ -209,6 +212,7 @@ def test_ties_go_to_the_lower_number() -> None:
 def test_counts_beyond_float32_are_exact() -> None:
     """One token in 2^40 decides which expert is the heavier one."""
     assert pack(np.array([2.0**40, 2.0**40 + 1, 1, 0]), 2).tolist() == [[1, 3], [0, 2]]
+    assert replicas([2**40, 2**40 + 1], slots=3, ranks=1).copies.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -232,3 +236,8 @@ def test_what_does_not_fit_is_an_error(arguments: tuple, rule: str) -> None:
 def test_too_few_slots_are_an_error() -> None:
     with pytest.raises(ValueError, match="slots=2 must be at least the number of experts, 4"):
         replicas([1, 2, 3, 4], 2, 2)
+
+
+def test_the_examples_of_the_page_print_what_it_shows() -> None:
+    result = doctest.testfile(str(Path(__file__).parents[2] / "docs" / "balance.md"), module_relative=False)
+    assert result.failed == 0 and result.attempted >= 8
