@@ -7,6 +7,7 @@ A verb's module declares
     SUMMARY                             one line for --help
     run(config, invocation) -> int      does the work and returns the exit code
     ARGUMENTS                           names of its words without "=", if it takes any
+    OPTIONAL                            names of those that may follow them
     Config                              a dataclass of its own, or None, if its input is not a run's configuration
 
 Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a user's mistake, in a line or two; 130 for Ctrl-C.
@@ -28,6 +29,7 @@ from launcher.keys import nearest
 VERBS = {
     "train": "launcher.train",
     "params": "launcher.params",
+    "layout": "launcher.layout",
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
     "export": "launcher.export",
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ValueError as error:
-        if not _is_mistake(error):
+        if not is_mistake(error):
             raise
         first, _, rest = str(error).partition("\n")
         print(f"shoestring: {first}" + (f"\n{' '.join(rest.split())}" if rest else ""), file=sys.stderr)
@@ -163,14 +165,15 @@ def _compose(verb: str, module: Any, words: Words) -> list[tuple[tuple[str, ...]
 
 def _check_arguments(verb: str, module: Any, words: Words) -> None:
     names = getattr(module, "ARGUMENTS", ())
-    if len(words.arguments) > len(names):
-        extra = words.arguments[len(names)]
+    most = len(names) + len(getattr(module, "OPTIONAL", ()))
+    if len(words.arguments) > most:
+        extra = words.arguments[most]
         raise ValueError(f"{extra} must be written as key=value, for example run={extra}; see shoestring {verb} --help")
     if len(words.arguments) < len(names):
         raise ValueError(f"{verb} needs {' '.join(f'<{name}>' for name in names)}; see shoestring {verb} --help")
 
 
-def _is_mistake(error: ValueError) -> bool:
+def is_mistake(error: ValueError) -> bool:
     """Whether ``error`` was raised by our own rooms, which speak to the user in it; a library's is a fault of ours."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

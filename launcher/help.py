@@ -27,6 +27,7 @@ EXAMPLES = {
     "shoestring train --multirun run.seed=1,2,3": "three runs, one after the other",
     "shoestring train run=small --cfg job": "see what would run",
     "shoestring params run=deepseek_v3": "parameters and FLOPs without building the model",
+    "shoestring layout run=small parallel.dp=4 parallel.tp=2 parallel.ep=4": "who is in which group of ranks",
     'eval "$(shoestring completion bash)"': "complete verbs, presets, keys and values (also zsh, fish)",
 }
 COMMENT = re.compile(r"^ {4}(\w+):.*? {2}# (.*)$", re.MULTILINE)
@@ -45,6 +46,7 @@ def overview(verbs: Mapping[str, str]) -> str:
 def describe(verb: str, module: Any) -> str:
     """The text of ``shoestring VERB --help``."""
     words = "".join(f" <{name}>" for name in getattr(module, "ARGUMENTS", ()))
+    words += "".join(f" [<{name}>]" for name in getattr(module, "OPTIONAL", ()))
     schema = getattr(module, "Config", RunConfig)
     lines = [f"usage: shoestring {verb}{words}" + (" [KEY=VALUE ...] [FLAG ...]" if schema else ""), ""]
     lines += [module.SUMMARY, ""]

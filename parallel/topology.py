@@ -82,9 +82,10 @@ class Topology:
 
     def groups(self, axis: Axis) -> Iterator[tuple[int, ...]]:
         """Every group of ``axis``, by its first rank; together they hold each rank once."""
-        for rank in range(self.world):
-            if self.coordinate(rank, axis) == 0:
-                yield self.group(rank, axis)
+        size, stride = self._step(axis)
+        for block in range(0, self.world, size * stride):
+            for first in range(block, block + stride):
+                yield tuple(range(first, first + size * stride, stride))
 
     def _step(self, axis: Axis) -> tuple[int, int]:
         """Ranks in a group, and the distance between neighbours: a union joins axes that lie side by side."""

@@ -81,6 +81,7 @@ OVERRIDES = {
     "parallel.dp=3": "run.global_batch=8 must be divisible by parallel.dp=3",
     "parallel.engine=natif": "must be one of native; did you mean native?",
     "cluster.price_per_device_hour=-1": "must not be negative",
+    "cluster.devices_per_node=0": "must be at least 1",
     # words that cannot be read
     "run.steps=[1,2": "cannot be read",
     "run.id='a": "cannot be read",

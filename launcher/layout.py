@@ -1,0 +1,145 @@
+"""``shoestring layout``: who is in which group, for any number of ranks, without starting one. Loads no torch.
+
+    shoestring layout parallel.dp=4 parallel.tp=2 parallel.ep=4          every rank and every group
+    shoestring layout 5 parallel.dp=4 parallel.tp=2 parallel.ep=4        the groups of rank 5
+
+There are pp * dp * cp * tp ranks; dp is 1 if nothing is said. Consecutive ranks share a node.
+"""
+
+import sys
+
+from configs.schema import RunConfig
+from launcher import cli
+from launcher.invocation import Invocation
+from launcher.ranks import arrange_ranks
+from parallel.rules import check
+from parallel.topology import Axis, Topology
+from parallel.traffic import GROUPS
+from training.ramp import batch_sizes
+
+SUMMARY = "print who is in which group, for any number of ranks, without starting one"
+OPTIONAL = ("rank",)
+
+DENSE = (Axis.pp, Axis.dp, Axis.cp, Axis.tp)
+EXPERT = (Axis.edp, Axis.ep)
+SMALL = 16  # ranks: up to here all are shown
+SHOWN = 4  # of a larger world: groups of an axis, and ranks of a group
+
+
+def run(config: RunConfig, invocation: Invocation) -> int:
+    """Prints the layout, or one rank's place in it."""
+    topology = arrange_ranks(config.parallel, None)
+    check(config.model, config.data.sequence_length, batch_sizes(config.run), topology)
+    node = config.cluster.devices_per_node
+    if invocation.arguments:
+        lines = describe_rank(topology, node, _read_rank(invocation.arguments[0], topology))
+    else:
+        lines = [*describe_world(config, topology), "", *list_ranks(topology, node), "", *list_groups(topology, node)]
+    print("\n".join(lines))
+    return 0
+
+
+def describe_world(config: RunConfig, topology: Topology) -> list[str]:
+    """How many ranks there are, and what each of them has of a step."""
+    model, run, node = config.model, config.run, config.cluster.devices_per_node
+    batch = run.global_batch // topology.dp
+    lines = [
+        f"{run.name}: {_count(topology.world, 'rank')} on {_count(-(-topology.world // node), 'node')} of "
+        f"{_count(node, 'device')}: {_write_degrees(topology, (*DENSE, *EXPERT))}",
+        f"  dp  a replica trains on {batch} of {run.global_batch} sequences a step, "
+        f"{min(run.micro_batch, batch)} at a time",
+        f"  tp  a rank has {config.data.sequence_length // topology.tp} of {config.data.sequence_length} tokens of a "
+        f"sequence and {model.attention.heads // topology.tp} of {model.attention.heads} heads",
+    ]
+    if model.moe.experts:
+        lines.append(
+            f"  ep  a rank has {model.moe.experts // topology.ep} of {model.moe.experts} routed experts a layer; "
+            f"every expert has {_count(topology.edp, 'holder')}"
+        )
+    return lines
+
+
+def list_ranks(topology: Topology, node: int) -> list[str]:
+    """A table of coordinates; of a large world, its first ranks and its last."""
+    columns = ("rank", "node", *DENSE, *EXPERT)
+    lines = ["".join(f"{column:>6}" for column in columns)]
+    whole = topology.world <= SMALL
+    for rank in range(topology.world if whole else SMALL // 2):
+        lines.append(_write_row(topology, node, rank))
+    return lines if whole else [*lines, f"{'..':>6}", _write_row(topology, node, topology.world - 1)]
+
+
+def list_groups(topology: Topology, node: int) -> list[str]:
+    """Per axis: its groups, of how many ranks, how many of them do not fit in a node, and who is in them."""
+    lines = [f"{'axis':<10}{'groups':>7}{'ranks':>7}{'across nodes':>14}   what travels"]
+    for axis, travels in _by_axis().items():
+        crossing = sum(group[0] // node != group[-1] // node for group in topology.groups(axis))
+        size = topology.degree(axis)
+        lines.append(f"{axis:<10}{topology.world // size:>7}{size:>7}{crossing:>14}   {'; '.join(travels)}")
+        if size > 1:
+            lines.append(f"{'':<10}{_write_groups(topology, axis)}")
+    return lines
+
+
+def describe_rank(topology: Topology, node: int, rank: int) -> list[str]:
+    """One rank's coordinates and groups."""
+    places = ", ".join(f"{axis} {topology.coordinate(rank, axis)}" for axis in (*DENSE, *EXPERT))
+    lines = [f"rank {rank} of {topology.world}: device {rank % node} of node {rank // node}; {places}"]
+    lines.append(f"{'axis':<10}{'place':>7}{'ranks':>7}   the ranks it talks to, and about what")
+    for axis, travels in _by_axis().items():
+        group = topology.group(rank, axis)
+        place = f"{topology.coordinate(rank, axis):>7}{len(group):>7}"
+        lines.append(f"{axis:<10}{place}   {_write_ranks(group, whole=topology.world <= SMALL)}: {'; '.join(travels)}")
+    return lines
+
+
+def _by_axis() -> dict[Axis, list[str]]:
+    """What travels along each axis."""
+    found: dict[Axis, list[str]] = {}
+    for (axis, _), what in GROUPS.items():
+        found.setdefault(axis, []).append(what)
+    return found
+
+
+def _read_rank(word: str, topology: Topology) -> int:
+    if not word.isdecimal() or int(word) >= topology.world:
+        raise ValueError(
+            f"rank={word} must be a number from 0 to {topology.world - 1}: there are "
+            f"{_write_degrees(topology, DENSE)} = {topology.world} ranks"
+        )
+    return int(word)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _write_degrees(topology: Topology, axes: tuple[Axis, ...]) -> str:
+    return " ".join(f"{axis}={topology.degree(axis)}" for axis in axes)
+
+
+def _write_row(topology: Topology, node: int, rank: int) -> str:
+    places = (topology.coordinate(rank, axis) for axis in (*DENSE, *EXPERT))
+    return "".join(f"{number:>6}" for number in (rank, rank // node, *places))
+
+
+def _write_groups(topology: Topology, axis: Axis) -> str:
+    """``0 1 | 2 3 | .. | 30 31``; a large world's are cut short in the middle."""
+    whole = topology.world <= SMALL
+    groups = [_write_ranks(group, whole) for group in topology.groups(axis)]
+    if not whole and len(groups) > SHOWN:
+        groups[SHOWN - 2 : -1] = [".."]
+    return " | ".join(groups)
+
+
+def _write_ranks(group: tuple[int, ...], whole: bool) -> str:
+    """``0 1 2 3``, and, unless the ``whole`` is asked for, ``0-15`` and ``0 4 .. 60``."""
+    if whole or len(group) <= SHOWN:
+        return " ".join(map(str, group))
+    if group[-1] - group[0] == len(group) - 1:
+        return f"{group[0]}-{group[-1]}"
+    return f"{group[0]} {group[1]} .. {group[-1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["layout", *sys.argv[1:]]))
