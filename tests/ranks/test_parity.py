@@ -1,0 +1,75 @@
+"""Every layout gives the plain model's numbers: loss, gradients, norm, routing, counts and the weights after steps."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from layouts import CHOICES, describe, draw_layouts, pairs
+from spawn import run_ranks
+
+from parallel.mesh import Mesh
+from training.proof.case import Case
+from training.proof.report import Report, prove
+
+FEW = draw_layouts(seed=0, count=20, ranks=range(2, 5), most_tp=2)
+MANY = draw_layouts(seed=1, count=60, ranks=range(2, 9), most_tp=8)
+
+
+def prove_on_rank(rank: int, world: int, case: Case) -> Report:
+    return prove(case, Mesh(case.topology, torch.device("cpu")))
+
+
+def check(case: Case) -> None:
+    reports = run_ranks(prove_on_rank, case.topology.world, case)
+    assert reports[0].passed, f"{describe(case)}\n{reports[0]}"
+    assert all(report == reports[0] for report in reports)
+
+
+@pytest.mark.parametrize("case", FEW, ids=describe)
+def test_layout_equals_the_plain_model(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", MANY, ids=describe)
+def test_layout_equals_the_plain_model_on_up_to_eight_ranks(case: Case) -> None:
+    check(case)
+
+
+def choices(case: Case) -> dict[str, Any]:
+    """What ``make_case`` was given, read back from the case."""
+    model, moe = case.model, case.model.moe
+    router = "softmax" if moe.score == "softmax" else "sigmoid in groups" if moe.groups > 1 else "sigmoid"
+    return {
+        "topology": case.topology,
+        "engine": case.engine,
+        "shared": moe.shared_experts,
+        "router": router,
+        "mtp": model.mtp.depth,
+        "recompute": model.recompute,
+        "accumulation": case.accumulation,
+        "micro_batch": case.micro_batch,
+        "crowded": case.crowded,
+        "compressed": model.attention.q_rank is not None,
+        "tied": model.tied,
+        "dense": model.dense_layers,
+        "documents": case.documents,
+        "clip": case.optimizer.clip,
+    }
+
+
+@pytest.mark.parametrize(("cases", "share"), [(FEW, 0.9), (MANY, 0.99)])
+def test_drawn_layouts_meet_in_pairs(cases: list[Case], share: float) -> None:
+    """Of all pairs of choices, and of a choice with an axis that splits or does not, nearly all are drawn."""
+    drawn = set[Any]().union(*(pairs(choices(case)) for case in cases))
+    values = [{(name, value) for pair in drawn for name, value in pair if name == wanted} for wanted in CHOICES]
+    for name, found in zip(CHOICES, values, strict=True):
+        assert {value for _, value in found} == set(CHOICES[name]), name
+    possible = sum(len(a) * len(b) for a, b in itertools.combinations(values, 2))
+    covered = sum(1 for (a, _), (b, _) in drawn if a in CHOICES and b in CHOICES)
+    assert covered >= share * possible
+    for axis in ("dp", "tp", "ep", "edp", "folded"):
+        met = {pair for pair in drawn if (axis, True) in pair}
+        for name, options in CHOICES.items():
+            assert all(tuple(sorted(((axis, True), (name, value)))) in met for value in options), (axis, name)
