@@ -4,6 +4,7 @@ runs/<id>/config.yaml     the configuration, resolved
          command.txt      the command line, quoted for a shell
          versions.json    python, torch, packages, git revision, platform
          metrics.jsonl    the record (training writes it)
+         logs/rank0/ ...  what each rank printed, if there were several
          weights/         the final save (training writes it)
 """
 
@@ -33,6 +34,13 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def ending(self) -> str | None:
+        """How the record says that the run ended; None where it does not."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        last = json.loads(lines[-1]) if lines else {}
+        return str(last["ending"]) if last.get("kind") == "end" else None
 
 
 def create(config: RunConfig, invocation: Invocation) -> Path:

@@ -1,32 +1,47 @@
-"""``shoestring train``: a run from its configuration to its summary, in this process."""
+"""``shoestring train``: a run from its configuration to its summary.
 
+one process                 parallel.* asks for no more than one rank: trained here
+its own ranks               it asks for more: launcher/agent.py starts them on this machine
+a rank of somebody else's   torchrun -m launcher.train ...: this process is one of several
+"""
+
+import os
 import shutil
 import sys
 
 from configs.schema import RunConfig
-from launcher import cli, folder
+from launcher import cli, folder, ranks
 from launcher.invocation import Invocation
 
 SUMMARY = "train a model: prepare the text, run the steps, save weights, metrics and a sample"
+CODES = {"finished": 0, "interrupted": 130, "diverged": 1}
 
 
 def run(config: RunConfig, invocation: Invocation) -> int:
     """Trains in a new run folder. Exit code 0; 130 after Ctrl-C; 1 if loss or gradient were not finite for too long."""
+    rank = ranks.discover(os.environ)
+    if rank is not None:
+        from launcher.member import join
+
+        return CODES[join(config, rank, invocation)]
+    world = ranks.check_layout(config, None).world
     path = folder.create(config, invocation)
     print(f"run {path}", flush=True)
-    # Loads torch: only once the configuration is known to be good.
-    from training.finish import Ending
-    from training.loop import train
-
     try:
-        summary = train(config, path, config.cluster.price_per_device_hour)
+        # Both load torch: only once the configuration is known to be good.
+        if world > 1:
+            from launcher import agent
+
+            return agent.start(path, world) or CODES[folder.RunFolder(path).ending or "diverged"]
+        from training.loop import train
+
+        return CODES[train(config, path, config.cluster.price_per_device_hour).ending]
     except BaseException:
         record = path / "metrics.jsonl"
         if not record.exists() or not record.stat().st_size:
             # It never started: its id is free for the next try.
             shutil.rmtree(path)
         raise
-    return {Ending.finished: 0, Ending.interrupted: 130, Ending.diverged: 1}[summary.ending]
 
 
 if __name__ == "__main__":

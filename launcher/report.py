@@ -1,0 +1,105 @@
+"""What is said when ranks died: which was the first, its last lines, its exception; then what the others did.
+
+The first is not the one that was seen first: ranks that lose a connection to a dead one die of that, often earlier
+than the dead one is noticed. So, in this order:
+
+    an exception of a rank's own   the earliest
+    death without a word           a signal, or an exit in the middle
+    a lost connection              the earliest
+    SIGTERM                        with it the agent ends those that live on
+"""
+
+import json
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from launcher.logs import log_of
+
+LAST = 15  # lines of a rank's output shown
+LOST = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe|^Dist\w*Error", re.IGNORECASE)
+MISTAKE = 2  # a rank's exit code for a mistake of the user
+
+
+class Cause(IntEnum):
+    """What a rank died of; smaller is nearer to the root."""
+
+    exception = 0
+    silence = 1
+    connection = 2
+    ended = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a rank ended."""
+
+    rank: int
+    code: int | None  # exit code, negative for a signal; None: not known
+    message: str  # "ValueError: ...", or empty
+    trace: str  # its traceback, or empty
+    time: float  # when the exception was kept
+
+    @property
+    def cause(self) -> Cause:
+        """What it died of."""
+        if self.message:
+            return Cause.connection if LOST.search(self.message) else Cause.exception
+        return Cause.ended if self.code == -signal.SIGTERM else Cause.silence
+
+    @property
+    def brief(self) -> str:
+        """The same in words, behind "rank 3"."""
+        if self.cause is Cause.connection:
+            return "lost its connection"
+        if self.message:
+            return f"raised {self.message.splitlines()[0]}"
+        if self.code is None or self.code >= 0:
+            return f"ended with exit code {self.code} and no exception"
+        return f"was ended by {signal.Signals(-self.code).name}"
+
+
+def read_deaths(run: Path, codes: Mapping[int, int | None]) -> list[Death]:
+    """How the ranks of ``codes`` ended, the root of it first: ``codes`` are exit codes by rank."""
+    return sorted((_read(run, rank, code) for rank, code in codes.items()), key=lambda death: (death.cause, death.time))
+
+
+def mistake(deaths: list[Death]) -> str | None:
+    """What the user is to be told if a mistake of theirs was the root."""
+    first = deaths[0]
+    return first.message.partition(": ")[2] if first.code == MISTAKE and first.message else None
+
+
+def describe(run: Path, deaths: list[Death]) -> str:
+    """The report."""
+    first, *others = deaths
+    lines = [f"shoestring: rank {first.rank} {first.brief}"]
+    shown = (
+        [log_of(run, first.rank)] if first.trace else [log_of(run, first.rank), log_of(run, first.rank, "stderr.log")]
+    )
+    for path in shown:
+        tail = path.read_text(errors="replace").splitlines()[-LAST:] if path.exists() else []
+        lines += [f"--- the end of {path}", *tail] if tail else []
+    if first.trace:
+        lines += ["--- its exception", first.trace.rstrip()]
+    lines += ["---", *(f"then rank {death.rank} {death.brief}" for death in others)]
+    return "\n".join([*lines, f"every rank's output is in {run / 'logs'}"])
+
+
+def keep_traces(run: Path, deaths: list[Death]) -> None:
+    """Adds each rank's traceback to its own log, where it would be had the rank been alone."""
+    for death in deaths:
+        with log_of(run, death.rank, "stderr.log").open("a") as log:
+            log.write(death.trace)
+
+
+def _read(run: Path, rank: int, code: int | None) -> Death:
+    path = log_of(run, rank, "error.json")
+    try:
+        error = json.loads(path.read_text())["message"]
+        return Death(rank, code, error["message"], error["extraInfo"]["py_callstack"], path.stat().st_mtime)
+    except (OSError, ValueError):  # none, or cut short by the death itself
+        return Death(rank, code, "", "", 0.0)
