@@ -11,11 +11,9 @@ import sys
 from configs.schema import RunConfig
 from launcher import cli
 from launcher.invocation import Invocation
-from launcher.ranks import arrange_ranks
-from parallel.rules import check
+from launcher.ranks import check_layout
 from parallel.topology import Axis, Topology
 from parallel.traffic import GROUPS
-from training.ramp import batch_sizes
 
 SUMMARY = "print who is in which group, for any number of ranks, without starting one"
 OPTIONAL = ("rank",)
@@ -28,8 +26,7 @@ SHOWN = 4  # of a larger world: groups of an axis, and ranks of a group
 
 def run(config: RunConfig, invocation: Invocation) -> int:
     """Prints the layout, or one rank's place in it."""
-    topology = arrange_ranks(config.parallel, None)
-    check(config.model, config.data.sequence_length, batch_sizes(config.run), topology)
+    topology = check_layout(config, None)
     node = config.cluster.devices_per_node
     if invocation.arguments:
         lines = describe_rank(topology, node, _read_rank(invocation.arguments[0], topology))
