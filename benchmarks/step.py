@@ -75,24 +75,31 @@ def build_floor(config, dtype, batch: int, length: int) -> Callable[[], None]:  
 
 def build_ours(config, dtype, batch, compiled: bool) -> Callable[[], None]:  # type: ignore[no-untyped-def]
     """Our step, as training/loop.py runs it."""
-    from model.batch import Denominators
-    from model.build import build
-    from model.compile import compile_segments
-    from training.config import OptimizerConfig
-    from training.optimizer import AdamW
+    import torch
 
-    model = build(config, dtype, "cpu", seed=0)
+    from model.batch import Denominators
+    from model.compile import compile_segments
+    from parallel.build import build_sharded
+    from parallel.mesh import Mesh, connect
+    from parallel.topology import Topology
+    from training.config import OptimizerConfig
+    from training.native import Native
+
+    connect(torch.device("cpu"))
+    mesh = Mesh(Topology(), torch.device("cpu"))
+    model, shards = build_sharded(config, dtype, mesh.device, 0, mesh)
     if compiled:
         compile_segments(model)
-    optimizer = AdamW(model.named_parameters(), OptimizerConfig(lr=1e-3))
+    engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-3))
     sequences, length = batch.ids.shape[0], batch.ids.shape[1] - 1
     denominators = Denominators((float(sequences * length),), float(sequences))
 
     def step() -> None:
-        optimizer.begin()
-        losses = model(batch, denominators)
-        losses.total.backward()
-        optimizer.step(1e-3)
+        engine.begin()
+        losses = engine.forward(0, batch, denominators)
+        engine.backward(0, losses.total)
+        engine.finished(0)
+        engine.step(1e-3)
         model.update_biases(losses.load, config.moe.bias_speed)
 
     return step

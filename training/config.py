@@ -115,10 +115,11 @@ class OptimizerConfig:
     clip: float = 1.0  # largest gradient norm; 0: never clipped
     moments: MomentDtype = MomentDtype.master
     rate: RateConfig = field(default_factory=RateConfig)
+    bucket_bytes: int = 2**25  # gradients that ranks exchange at once; sums do not depend on it
     skip_limit: int = 5  # steps with a non-finite loss or gradient that may follow each other
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "bucket_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be positive")
         for name in ("weight_decay", "clip", "skip_limit"):

@@ -1,40 +1,49 @@
 """Loss on held-out text: the mean cross entropy of the next token, on the same labels every time.
 
 About ``run.eval_tokens`` tokens are read from the start of the split's shuffled order, which depends on no seed
-of the run, in micro-batches of the training shape, so that compiled segments meet no new one.
+of the run and on no layout. Every forward has the training shape, so that compiled segments meet no new one, and every
+rank runs equally many: sequences past the last that is wanted fill up and count nowhere.
 """
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch, Denominators, count_labels
+from parallel.topology import Axis
+from training.agree import sum_over
+from training.engine import STAGE
 from training.setup import Setup
 
 
 def count_sequences(setup: Setup) -> int:
-    """Sequences an evaluation reads: whole micro-batches, no sequence twice unless the split is shorter than one."""
-    run = setup.config.run
-    wanted = min(run.eval_tokens // setup.text.held_out.sequence_length, setup.text.held_out.sequences)
-    return max(1, wanted // run.micro_batch) * run.micro_batch
+    """Sequences an evaluation reads, none twice."""
+    held_out = setup.text.held_out
+    return max(1, min(setup.config.run.eval_tokens // held_out.sequence_length, held_out.sequences))
 
 
 def evaluate(setup: Setup) -> float:
-    """Mean cross entropy of the held-out split in nats a token."""
+    """Mean cross entropy of the held-out split in nats a token: the same number on every rank. Collective."""
     # Compiled segments are compiled for a backward that may follow; without gradients they would be compiled anew.
-    with torch.set_grad_enabled(setup.compiled):
-        return _measure(setup)
+    with torch.set_grad_enabled(setup.machine.compiled):
+        total, labels = _measure(setup)
+    counted = int(sum_over(labels, setup.mesh, Axis.dp))
+    return sum_over(total, setup.mesh, Axis.stage).item() / max(1, counted)
 
 
-def _measure(setup: Setup) -> float:
-    depth, size = setup.config.model.mtp.depth, setup.config.run.micro_batch
+def _measure(setup: Setup) -> tuple[Tensor, Tensor]:
+    """This rank's share of the sum of losses, and the labels of its sequences."""
+    mesh, depth, size = setup.mesh, setup.config.model.mtp.depth, setup.config.run.micro_batch
     # What a loss would be divided by for a backward: the sums that are read here come undivided.
     denominators = Denominators((1.0,) * (1 + depth), 1.0)
-    total, labels = torch.zeros((), dtype=torch.float64, device=setup.device), 0
-    for first in range(0, count_sequences(setup), size):
-        batch = move(setup.text.held_out.read(first, size), setup.device)
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    labels, wanted = 0, count_sequences(setup)
+    for first in range(0, wanted, size * mesh.degree(Axis.dp)):
+        at = first + size * mesh.coordinate(Axis.dp)
+        batch = setup.text.held_out.read(at, size)
+        batch.counted[max(0, wanted - at) :] = False
         labels += count_labels(batch, depth)[0]
-        total += setup.model(batch, denominators).sums[0]
-    return total.item() / max(1, labels)
+        total += setup.engine.forward(STAGE, move(batch, mesh.device), denominators).sums[0].detach()
+    return total, torch.tensor(labels, device=mesh.device)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -14,6 +13,7 @@ from training.generate import continue_text, show_controls
 from training.metrics import Record, StepRow
 from training.setup import Setup
 from training.view import Gauge, write_time
+from training.weights import find_whole
 
 
 class Ending(StrEnum):
@@ -24,7 +24,8 @@ class Ending(StrEnum):
     diverged = "diverged"  # optimizer.skip_limit
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Outcome:
     """What the steps led to."""
 
     ending: Ending
@@ -46,9 +47,10 @@ class Summary:
 
 
 def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder: Path) -> Summary:
-    """Writes ``sample.txt`` and the record's last row, and prints the summary."""
-    complete = outcome.ending is Ending.finished
-    text = write_sample(setup, folder / "sample.txt") if complete and setup.config.run.sample.tokens else ""
+    """Writes ``sample.txt`` and the record's last row, and prints the summary: all of it on rank 0 alone."""
+    first = setup.mesh.rank == 0
+    complete = first and outcome.ending is Ending.finished
+    text = write_sample(setup, folder) if complete and setup.config.run.sample.tokens else ""
     summary = Summary(
         ending=outcome.ending,
         steps=outcome.last.step + 1 if outcome.last else 0,
@@ -61,7 +63,8 @@ def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder:
     record.write("end", **asdict(summary))
     if text:
         print(f"\n--- sample ---\n{show_controls(text)}\n--------------\n")
-    print("\n".join(describe(summary, setup, folder)), flush=True)
+    if first:
+        print("\n".join(describe(summary, setup, folder)), flush=True)
     return summary
 
 
@@ -73,13 +76,17 @@ def measure_bigram(setup: Setup) -> float:
     return bigram.bigram_loss(setup.text.train.tokens, setup.text.held_out, vocabulary, count_sequences(setup))
 
 
-def write_sample(setup: Setup, path: Path) -> str:
-    """Lets the model continue ``run.sample.prompt``."""
+def write_sample(setup: Setup, folder: Path) -> str:
+    """Lets the model continue ``run.sample.prompt``; "" where there is no whole model to ask. On rank 0 alone."""
+    model = find_whole(setup.model, setup.shards, folder / "weights")
+    if model is None:
+        print("no sample: the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")
+        return ""
     sampling = setup.config.run.sample
     # The cache grows with every token: compiled segments would be compiled anew for each.
     with torch.compiler.set_stance("force_eager"):
-        text = sampling.prompt + "".join(continue_text(setup.model, setup.text.tokenizer, sampling))
-    path.write_text(text, encoding="utf-8")
+        text = sampling.prompt + "".join(continue_text(model, setup.text.tokenizer, sampling))
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
     return text
 
 

@@ -45,10 +45,18 @@ class BatchSchedule:
         level = self._level(step)
         return level.before + (step - level.step) * level.batch
 
-    def plan(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
-        """The micro-batches of ``step``: each the position of its first sequence, and how many it has."""
+    def plan(self, step: int, micro_batch: int, replicas: int = 1, replica: int = 0) -> list[tuple[int, int]]:
+        """The micro-batches of ``step`` for one of ``replicas``: each its first sequence's position, and its size.
+
+        Together the replicas' micro-batches of one number are a stretch of the order, in the order of the replicas.
+        ``replicas`` divides the batch, so all have equally many, of equal sizes.
+        """
         first, stop = self.before(step), self.before(step + 1)
-        return [(at, min(micro_batch, stop - at)) for at in range(first, stop, micro_batch)]
+        plan = []
+        for at in range(first, stop, micro_batch * replicas):
+            count = min(micro_batch, (stop - at) // replicas)
+            plan.append((at + replica * count, count))
+        return plan
 
     def _level(self, step: int) -> Level:
         return self.levels[bisect_right(self.levels, step, key=lambda level: level.step) - 1]

@@ -9,7 +9,7 @@ Written under another name and renamed, so that a folder called ``weights`` is c
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.shards import Shards
+from training.gather import name_tensors
 
 FORMAT = 1
 SHARD = 5 * 10**9  # bytes
@@ -27,17 +28,23 @@ MANIFEST = "manifest.json"
 
 def save(model: nn.Module, folder: Path, shard: int = SHARD) -> None:
     """Writes every parameter and buffer of ``model``, each once, to ``folder``, which must not exist."""
+    # Clones, because parameters are slices of one buffer and a file holds each tensor by itself.
+    write(((name, tensor.to("cpu", copy=True)) for name, tensor in name_tensors(model).items()), folder, shard)
+
+
+def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard: int = SHARD) -> None:
+    """Writes ``tensors``, which come one at a time and lie in host memory, to ``folder``, which must not exist.
+
+    Holds one file's tensors at once.
+    """
     if folder.exists():
         raise FileExistsError(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     entries: dict[str, Any] = {}
-    for number, names in enumerate(_split(model, shard), start=1):
+    for number, chunk in enumerate(_split(tensors, shard), start=1):
         file = f"{number:05}.safetensors"
-        tensors = name_tensors(model)
-        # Clones, because parameters are slices of one buffer and a file holds each tensor by itself.
-        chunk = {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in names}
         save_file(chunk, str(partial / file))
         entries |= {name: {**_describe(tensor), "file": file} for name, tensor in chunk.items()}
     (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "tensors": entries}, indent=1) + "\n")
@@ -76,23 +83,18 @@ def open_saved(folder: Path) -> Shards:
     return shards
 
 
-def name_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; one that is used twice has one name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def _split(model: nn.Module, shard: int) -> Iterator[list[str]]:
-    """Names in the model's order, in groups of at most ``shard`` bytes or of one tensor."""
-    names: list[str] = []
+def _split(tensors: Iterable[tuple[str, Tensor]], shard: int) -> Iterator[dict[str, Tensor]]:
+    """In their order, in groups of at most ``shard`` bytes or of one tensor."""
+    group: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in name_tensors(model).items():
-        if names and size + tensor.nbytes > shard:
-            yield names
-            names, size = [], 0
-        names.append(name)
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > shard:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor.contiguous()
         size += tensor.nbytes
-    if names:
-        yield names
+    if group:
+        yield group
 
 
 def _describe(tensor: Tensor) -> dict[str, Any]:

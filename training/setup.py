@@ -1,19 +1,18 @@
-"""Everything a run needs, made from its configuration in one place and in one order."""
+"""Everything a run needs, made from its configuration in one place and in one order. Every rank does it alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from configs.schema import TrainConfig
-from model.build import allocate, build
 from model.transformer import Transformer
-from training import determinism
-from training.compilation import decide_compile
-from training.optimizer import AdamW
+from parallel.mesh import Mesh
+from parallel.placement import Shard
+from training.engine import STAGE, Engine
+from training.machine import Machine, prepare_machine
+from training.native import Native
 from training.ramp import BatchSchedule, schedule_batches
-from training.text import Text, open_text
+from training.text import Text, open_shared_text
+from training.weights import build_model, count_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,52 +20,37 @@ class Setup:
     """A run that is ready to take its first step."""
 
     config: TrainConfig
-    device: torch.device
+    mesh: Mesh
+    machine: Machine
     text: Text
     schedule: BatchSchedule
-    model: Transformer
-    compiled: bool
-    optimizer: AdamW
-    facts: dict[str, object]  # what the record opens with
+    model: Transformer  # this rank's part
+    shards: Mapping[str, Shard]  # which part of the whole each parameter is
+    engine: Engine  # owns the parameters
+
+    def facts(self) -> dict[str, object]:
+        """What the record opens with."""
+        return {
+            **self.machine.facts(),
+            "data": self.text.digest,
+            "parameters": count_parameters(self.shards),
+        }
 
 
-def set_up(config: TrainConfig, report: Callable[[str], None]) -> Setup:
-    """Prepares the text, builds the model and hands its parameters to the optimizer.
+def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Setup:
+    """Prepares the text, builds this rank's part of the model and hands its parameters to the engine. Collective.
 
-    ``report`` gets lines for a person. Raises ValueError for what does not fit: a device that is not there, a
+    ``report`` gets lines for a person. Raises ValueError for what does not fit: a layout that cannot train the model, a
     vocabulary too small, damaged token files or weights.
     """
-    device = determinism.choose_device(config.run.device)
-    threads = determinism.fix_numerics(device, config.run.threads, config.run.deterministic)
-    compiled, reason = decide_compile(config, device.type)
-    text = open_text(config, report)
-    model = build_model(config, device)
-    optimizer = AdamW(model.named_parameters(), config.optimizer)
-    if compiled:
+    machine = prepare_machine(config, mesh)
+    text = open_shared_text(config, report, mesh)
+    model, shards = build_model(config, mesh)
+    engine = Native({STAGE: model}, shards, mesh, config.optimizer)
+    if machine.compiled:
         from model.compile import compile_segments
 
         compile_segments(model)
-    name = determinism.name_device(device)
-    report(f"{config.model.name} in {config.precision} on {name}, {threads} threads; {reason}")
-    facts = {
-        "torch": torch.__version__,
-        "device": name,
-        "threads": threads,
-        "compiled": compiled,
-        "data": text.digest,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    report(f"{config.model.name} in {config.precision} on {machine.describe()}")
     schedule = schedule_batches(config.run, config.data.sequence_length)
-    return Setup(config, device, text, schedule, model, compiled, optimizer, facts)
-
-
-def build_model(config: TrainConfig, device: torch.device) -> Transformer:
-    """The model with its first weights: drawn from ``run.seed``, or those in ``init_from``."""
-    dtype = determinism.DTYPES[config.precision]
-    if config.init_from is None:
-        return build(config.model, dtype, device, config.run.seed)
-    from model.huggingface import load
-
-    model = allocate(config.model, dtype, device)
-    load(model, Path(config.init_from))
-    return model
+    return Setup(config, mesh, machine, text, schedule, model, shards, engine)

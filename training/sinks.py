@@ -6,12 +6,13 @@ those of kind "start" become the run's description.
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from training.config import Sink
-from training.metrics import Writer
+from training.metrics import Record, Writer
 
 
 class TensorBoard:
@@ -58,6 +59,11 @@ SINKS: dict[Sink, Callable[[Path], Writer]] = {Sink.tensorboard: TensorBoard, Si
 def open_sinks(sinks: Iterable[Sink], folder: Path) -> list[Writer]:
     """A writer for each of ``run.sinks``. ValueError, with what to install, where its package is missing."""
     return [SINKS[sink](folder) for sink in sinks]
+
+
+def open_record(sinks: Iterable[Sink], folder: Path, kept: bool = True) -> Record:
+    """The record of a run in ``folder``, and its sinks; one that goes nowhere if it is not to be ``kept``."""
+    return Record(folder / "metrics.jsonl", open_sinks(sinks, folder)) if kept else Record(Path(os.devnull))
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:

@@ -1,49 +1,43 @@
 """One optimizer step over a global batch.
 
-    plan micro-batches -> count denominators -> forward and backward of each
+    plan micro-batches -> agree on denominators -> forward and backward of each -> sum gradients and statistics
                        -> norm, clip, update -> router biases -> a row of the record
 
 The loss is the sum over the tokens of the whole global batch divided by their number, so how the batch is cut into
-micro-batches changes nothing but the order of sums.
+micro-batches and spread over ranks changes nothing but the order of sums.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple
 
-from torch import Tensor
-
-from model.batch import Batch, Denominators, Losses, count_labels
 from model.statistics import measure_balance
+from parallel.topology import Axis
 from training.determinism import measure_peak_memory
 from training.evaluate import move
 from training.metrics import StepRow
+from training.microbatches import accumulate, count_denominators, total_over_ranks
 from training.rates import rate
 from training.setup import Setup
 
 
-class Totals(NamedTuple):
-    """Sums over the micro-batches of a step."""
-
-    losses: Tensor  # [1 + D] cross entropy in nats
-    aux: Tensor  # auxiliary loss over sequences and layers
-    load: Tensor  # [routed layers, E] tokens per expert
-
-
 def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | None:
-    """Takes step ``step``. Returns None, and leaves everything as it was, if ``stop`` says so between micro-batches."""
-    started, config = monotonic(), setup.config
-    plan = setup.schedule.plan(step, config.run.micro_batch)
-    batches = [move(setup.text.train.read(first, count), setup.device) for first, count in plan]
-    denominators = count_denominators(batches, config.model.mtp.depth)
-    setup.optimizer.begin()
-    totals = accumulate(setup.model, batches, denominators, stop)
-    if totals is None:
+    """Takes step ``step``. Collective over all ranks.
+
+    Returns None, and leaves everything as it was, if ``stop`` says so between micro-batches: on all ranks or on none.
+    """
+    started, config, mesh = monotonic(), setup.config, setup.mesh
+    plan = setup.schedule.plan(step, config.run.micro_batch, mesh.degree(Axis.dp), mesh.coordinate(Axis.dp))
+    batches = [move(setup.text.train.read(first, count), mesh.device) for first, count in plan]
+    denominators = count_denominators(batches, config.model.mtp.depth, mesh)
+    setup.engine.begin()
+    share = accumulate(setup.engine, batches, denominators, stop)
+    if share is None:
         return None
+    totals = total_over_ranks(share, mesh)
     losses = [loss / count for loss, count in zip(totals.losses.tolist(), denominators.tokens, strict=True)]
     lr = rate(config.optimizer, step, config.run.steps, setup.schedule)
-    update = setup.optimizer.step(lr, finite=all(map(math.isfinite, losses)))
+    update = setup.engine.step(lr, finite=all(map(math.isfinite, losses)))
     if update.applied:
         setup.model.update_biases(totals.load, config.model.moe.bias_speed)
     balance = measure_balance(totals.load)
@@ -65,30 +59,5 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
         violation_mean=balance.max_violation.mean().item() if len(balance.max_violation) else 0.0,
         dead_experts=balance.dead_experts(),
         skipped=not update.applied,
-        peak_memory=measure_peak_memory(setup.device),
+        peak_memory=measure_peak_memory(mesh.device),
     )
-
-
-def count_denominators(batches: Sequence[Batch], depth: int) -> Denominators:
-    """What the sums of a global batch are divided by; 1 where nothing counts, so that nothing becomes 0 / 0."""
-    counts = [sum(column) for column in zip(*(count_labels(batch, depth) for batch in batches), strict=True)]
-    sequences = sum(len(batch.ids) for batch in batches)
-    return Denominators(tuple(float(max(1, count)) for count in counts), float(sequences))
-
-
-def accumulate(
-    forward: Callable[[Batch, Denominators], Losses],
-    batches: Sequence[Batch],
-    denominators: Denominators,
-    stop: Callable[[], bool],
-) -> Totals | None:
-    """Runs every micro-batch forward and backward and returns the sums, or None once ``stop`` says so."""
-    totals = None
-    for batch in batches:
-        if stop():
-            return None
-        losses = forward(batch, denominators)
-        losses.total.backward()
-        here = Totals(losses.sums, losses.aux, losses.load)
-        totals = here if totals is None else Totals(*(a + b for a, b in zip(totals, here, strict=True)))
-    return totals

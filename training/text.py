@@ -1,9 +1,11 @@
 """The text of a run: its tokenizer and its two splits, packed into sequences."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.schema import TrainConfig
+from parallel.mesh import Mesh
+from training.agree import wait_for_all
 from training.data.batches import Batches
 from training.data.prepare import prepare
 from training.data.tokenizer import Tokenizer, check_vocabulary
@@ -31,6 +33,16 @@ def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
     # Its order has a seed of its own: runs with different seeds are measured on the same labels.
     held_out = _pack(config, data.held_out, seed=0)
     return Text(data.tokenizer, train, held_out, data.index.digest)
+
+
+def open_shared_text(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Text:
+    """``open_text`` on every rank: rank 0 prepares and checks, then the others open what it made. Collective."""
+    if mesh.rank == 0:
+        text = open_text(config, report)
+        wait_for_all(mesh)
+        return text
+    wait_for_all(mesh)
+    return open_text(replace(config, data=replace(config.data, verify_gigabytes=0.0)), report)
 
 
 def _pack(config: TrainConfig, tokens: TokenFile, seed: int) -> Batches:

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 
 from configs.schema import TrainConfig
 from model.count import flops_per_token
+from training.machine import Machine
 from training.metrics import StepRow
 from training.peaks import find_peak
 from training.ramp import BatchSchedule
@@ -24,11 +25,12 @@ WINDOW = 20  # steps whose speed the forecast is made from
 class Gauge:
     """Turns a step's row into words. One for a run: it remembers when it began, and the last steps' speed."""
 
-    def __init__(self, config: TrainConfig, schedule: BatchSchedule, device: str, price: float) -> None:
-        """``device`` is its name; ``price`` is that of the devices used, an hour."""
+    def __init__(self, config: TrainConfig, schedule: BatchSchedule, machine: Machine, price: float) -> None:
+        """``price`` is that of all devices used, an hour."""
         self.steps, self.price = config.run.steps, price
         self._flops = flops_per_token(config.model, config.data.sequence_length)
-        self._peak = find_peak(device)
+        peak = find_peak(machine.device)
+        self._peak = peak and peak * machine.ranks
         self._schedule = schedule
         self._started = monotonic()
         self._pace: deque[float] = deque(maxlen=WINDOW)  # seconds a sequence
@@ -122,8 +124,26 @@ class TerminalView:
         self._progress.stop()
 
 
-def open_view(gauge: Gauge) -> View:
-    """The view that suits standard output."""
+class SilentView:
+    """Nothing, for ranks whose steps another shows."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def show(self, row: StepRow) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def open_view(gauge: Gauge, shown: bool = True) -> View:
+    """The view that suits standard output, if the run is ``shown``."""
+    if not shown:
+        return SilentView()
     return TerminalView(gauge) if sys.stdout.isatty() else PlainView(gauge)
 
 

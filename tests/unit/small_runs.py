@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from small_mesh import alone
 from small_models import make_config
 
 from configs.schema import TrainConfig
 from model.config import ModelConfig
 from training.config import DataConfig, OptimizerConfig, Precision, RunSection, SamplingConfig
+from training.setup import Setup, set_up
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "naïve", "wizards", "box")
 
@@ -45,3 +47,8 @@ def make_run(
         precision=precision,
         run=RunSection(**{**values, "sample": SamplingConfig(prompt="the ", tokens=12), **run}),
     )
+
+
+def open_run(config: TrainConfig) -> Setup:
+    """A run that is ready to take its first step, as the only rank, in silence."""
+    return set_up(config, lambda line: None, alone())

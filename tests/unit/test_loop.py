@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import make_config
-from small_runs import make_run, write_text
+from small_runs import make_run, open_run, write_text
 
 from model.huggingface import export
 from training import loop
@@ -23,7 +23,7 @@ from training.loop import train
 from training.metrics import read
 from training.restore import restore
 from training.save import open_saved
-from training.setup import Setup, set_up
+from training.setup import Setup
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_threads_are_those_of_the_configuration(text: Path, tmp_path: Path) -> N
 
 def test_a_run_learns_and_leaves_its_things(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_run(text, steps=40, eval_every=20, optimizer={"moments": MomentDtype.bf16})
-    summary = train(config, tmp_path, price_per_device_hour=1000.0)
+    summary = train(config, tmp_path, price=1000.0)
     rows = read(tmp_path / "metrics.jsonl", "step")
     assert summary.ending is Ending.finished and summary.steps == len(rows) == 40
     assert rows[-1]["loss"] < 0.75 * rows[0]["loss"] and rows[-1]["loss"] == summary.loss
@@ -96,7 +96,7 @@ def test_weights_load_bit_for_bit(text: Path, tmp_path: Path) -> None:
 
 def test_held_out_loss_is_the_mean_over_its_labels(text: Path) -> None:
     config = make_run(text, precision=Precision.fp64, data={"mask_documents": False}, model=make_config(vocab_size=264))
-    setup = set_up(config, report=lambda line: None)
+    setup = open_run(config)
     batch = setup.text.held_out.read(0, count_sequences(setup))
     assert count_sequences(setup) == 16  # 256 tokens
     logits = setup.model.logits(batch.ids[:, :-1])
@@ -106,7 +106,7 @@ def test_held_out_loss_is_the_mean_over_its_labels(text: Path) -> None:
 
 
 def test_evaluation_reads_no_sequence_twice(text: Path) -> None:
-    setup = set_up(make_run(text, eval_tokens=1 << 20), report=lambda line: None)
+    setup = open_run(make_run(text, eval_tokens=1 << 20))
     assert setup.text.held_out.sequences - 4 < count_sequences(setup) <= setup.text.held_out.sequences
 
 
@@ -152,7 +152,7 @@ def test_starts_from_published_weights(text: Path, tmp_path: Path) -> None:
     train(config, tmp_path)
     export(open_saved(tmp_path / "weights"), config.model, tmp_path / "published", 10**9, 256)
     config.init_from = str(tmp_path / "published")
-    started = set_up(config, report=lambda line: None)
+    started = open_run(config)
     trained, _ = restore(config, tmp_path / "weights", Device.cpu, threads=1)
     names = [name for name, _ in trained.named_parameters() if not name.startswith("mtp")]
     ours, theirs = dict(started.model.named_parameters()), dict(trained.named_parameters())
@@ -162,6 +162,6 @@ def test_starts_from_published_weights(text: Path, tmp_path: Path) -> None:
 
 
 def test_seeds_are_measured_on_the_same_labels(text: Path) -> None:
-    first, second = (set_up(make_run(text, data={"seed": seed}), report=lambda line: None).text for seed in (0, 1))
+    first, second = (open_run(make_run(text, data={"seed": seed})).text for seed in (0, 1))
     assert torch.equal(first.held_out.read(0, 8).ids, second.held_out.read(0, 8).ids)
     assert not torch.equal(first.train.read(0, 8).ids, second.train.read(0, 8).ids)

@@ -1,14 +1,16 @@
-"""AdamW over flat buffers against torch's own, and what only ours promises: one way in, skipped steps."""
+"""The native engine of one rank against torch's AdamW, and what only ours promises: one way in, skipped steps."""
 
 import math
 
 import pytest
 import torch
+from small_mesh import make_engine
 from torch import Tensor, nn
 
 from training import optimizer
 from training.config import MomentDtype, OptimizerConfig
-from training.optimizer import AdamW
+from training.engine import Update
+from training.native import Native
 
 
 class Net(nn.Module):
@@ -37,13 +39,26 @@ def config(**changes: object) -> OptimizerConfig:
     return OptimizerConfig(**{"lr": 1e-2, "no_decay": ("norm",), "clip": 0.0, **changes})
 
 
-def run(net: Net, settings: OptimizerConfig, steps: int) -> AdamW:
-    ours = AdamW(net.named_parameters(), settings)
+def run(net: Net, settings: OptimizerConfig, steps: int) -> Native:
+    ours = make_engine(net, settings)
     for ids in batches(steps):
         ours.begin()
         net(ids).backward()
-        ours.step(settings.lr)
+        step(ours, settings.lr)
     return ours
+
+
+def step(ours: Native, lr: float, finite: bool = True) -> Update:
+    ours.finished(0)
+    return ours.step(lr, finite)
+
+
+def named(ours: Native) -> dict[str, Tensor]:
+    """The state by name: one rank owns whole parameters."""
+    chunks = ours.state().chunks
+    assert len({chunk.name for chunk in chunks}) == len(chunks)
+    assert all(tuple(chunk.tensor.shape) == chunk.global_shape for chunk in chunks)
+    return {chunk.name: chunk.tensor for chunk in chunks}
 
 
 def run_torch(net: Net, settings: OptimizerConfig, steps: int) -> None:
@@ -89,21 +104,21 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bfloat16_parameters_follow_float32_masters() -> None:
     net, wide = Net(torch.bfloat16), Net(torch.bfloat16).float()
-    ours, reference = AdamW(net.named_parameters(), config()), AdamW(wide.named_parameters(), config())
+    ours, reference = make_engine(net, config()), make_engine(wide, config())
     for seed in range(5):
         torch.manual_seed(seed)
         for p, q in zip(net.parameters(), wide.parameters(), strict=True):
             grad = torch.randn_like(p)
             ours.accumulate(p, grad)
             reference.accumulate(q, grad.float())
-        ours.step(1e-4)
-        reference.step(1e-4)
+        step(ours, 1e-4)
+        step(reference, 1e-4)
         ours.begin()
         reference.begin()
     for p, q in zip(net.parameters(), wide.parameters(), strict=True):
         assert torch.equal(p, q.bfloat16())
     # Steps of 1e-4 on weights near 1 would have been lost in bfloat16's 8 bits.
-    masters = {name: tensor for name, tensor in ours.state().items() if name.startswith("master/")}
+    masters = {name: tensor for name, tensor in named(ours).items() if name.startswith("master/")}
     assert torch.equal(masters["master/up"], wide.up)
     assert not torch.equal(masters["master/up"], net.up.float())
 
@@ -114,21 +129,21 @@ def test_mixed_dtypes_share_the_buffers() -> None:
     before = net.norm.detach().clone()
     ours = run(net, config(lr=1e-3), 2)
     assert net.norm.dtype == torch.float32 and not torch.equal(net.norm, before)
-    assert net.norm.data_ptr() == ours.state()["master/norm"].data_ptr()
+    assert net.norm.data_ptr() == named(ours)["master/norm"].data_ptr()
 
 
 def test_gradients_add_up_over_backwards() -> None:
     """Two backwards and one step equal one backward of the sum, and no gradient stays behind."""
     split, whole = Net(), Net()
     first, second = batches(2)
-    ours, reference = AdamW(split.named_parameters(), config()), AdamW(whole.named_parameters(), config())
+    ours, reference = make_engine(split, config()), make_engine(whole, config())
     for _ in range(2):
         ours.begin()
         split(first).backward()
         split(second).backward()
         reference.begin()
         (whole(first) + whole(second)).backward()
-        assert math.isclose(ours.step(1e-2).norm, reference.step(1e-2).norm, rel_tol=1e-12)
+        assert math.isclose(step(ours, 1e-2).norm, step(reference, 1e-2).norm, rel_tol=1e-12)
     assert distance(split, whole) < 1e-12
     assert all(parameter.grad is None for parameter in split.parameters())
 
@@ -140,22 +155,22 @@ def test_parameter_without_gradient_decays() -> None:
     torch.testing.assert_close(net.idle, before * (1 - 1e-2 * 0.5))
     ours.begin()
     ours.accumulate(net.idle, torch.ones_like(net.idle))
-    ours.step(1e-2)
-    m = ours.state()["m/idle"].clone()
+    step(ours, 1e-2)
+    m = named(ours)["m/idle"].clone()
     ours.begin()
-    ours.step(1e-2)
-    torch.testing.assert_close(ours.state()["m/idle"], 0.9 * m)
+    step(ours, 1e-2)
+    torch.testing.assert_close(named(ours)["m/idle"], 0.9 * m)
 
 
 def test_norm_counts_every_gradient_once() -> None:
     net = Net()
-    ours = AdamW(net.named_parameters(), config(clip=1.0))
+    ours = make_engine(net, config(clip=1.0))
     total = 0.0
     for parameter in net.parameters():
         grad = torch.randn_like(parameter)
         total += grad.square().sum().item()
         ours.accumulate(parameter, grad)
-    update = ours.step(1e-2)
+    update = step(ours, 1e-2)
     assert math.isclose(update.norm, math.sqrt(total), rel_tol=1e-12)
     assert math.isclose(update.factor, 1 / math.sqrt(total), rel_tol=1e-12)
     assert update.applied
@@ -165,20 +180,20 @@ def test_norm_counts_every_gradient_once() -> None:
 def test_skips_what_is_not_finite(bad: float) -> None:
     net = Net(torch.float32)
     ours = run(net, config(), 2)
-    kept = {name: tensor.clone() for name, tensor in ours.state().items()}
+    kept = {name: tensor.clone() for name, tensor in named(ours).items()}
     ours.begin()
     net(batches(1)[0]).backward()
     grad = torch.zeros_like(net.up)
     grad[3, 2] = bad
     ours.accumulate(net.up, grad)
-    assert not ours.step(1e-2).applied
+    assert not step(ours, 1e-2).applied
     ours.begin()
     net(batches(1)[0]).backward()
-    assert not ours.step(1e-2, finite=False).applied
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in ours.state().items())
+    assert not step(ours, 1e-2, finite=False).applied
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in named(ours).items())
     ours.begin()
     net(batches(1)[0]).backward()
-    assert ours.step(1e-2).applied and ours.steps == 3
+    assert step(ours, 1e-2).applied and ours.state().steps == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -187,31 +202,33 @@ def test_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
     run(straight, config(), 6)
     first = run(stopped, config(), 3)
     fresh = Net(dtype)
-    second = AdamW(fresh.named_parameters(), config())
-    second.load({name: tensor.clone() for name, tensor in first.state().items()}, first.steps)
+    second = make_engine(fresh, config())
+    kept = first.state()
+    second.load(kept._replace(chunks=[chunk._replace(tensor=chunk.tensor.clone()) for chunk in kept.chunks]))
     for ids in batches(6)[3:]:
         second.begin()
         fresh(ids).backward()
-        second.step(1e-2)
+        step(second, 1e-2)
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), fresh.parameters(), strict=True))
 
 
 def test_load_names_what_does_not_fit() -> None:
     ours = run(Net(), config(), 1)
-    state = dict(ours.state())
-    del state["v/up"]
+    state = ours.state()
+    missing = [chunk for chunk in state.chunks if chunk.name != "v/up"]
     with pytest.raises(ValueError, match="v/up"):
-        ours.load(state, 1)
+        ours.load(state._replace(chunks=missing))
+    other = [c._replace(global_shape=(3,), tensor=torch.zeros(3)) if c.name == "m/idle" else c for c in state.chunks]
     with pytest.raises(ValueError, match="m/idle"):
-        ours.load({**ours.state(), "m/idle": torch.zeros(3)}, 1)
+        ours.load(state._replace(chunks=other))
 
 
 def test_bfloat16_moments_stay_close() -> None:
     wide, narrow = Net(torch.float32), Net(torch.float32)
     run(wide, config(lr=1e-3), 20)
     ours = run(narrow, config(lr=1e-3, moments=MomentDtype.bf16), 20)
-    assert ours.state()["m/up"].dtype == ours.state()["v/up"].dtype == torch.bfloat16
-    assert ours.state()["master/up"].dtype == torch.float32
+    assert named(ours)["m/up"].dtype == named(ours)["v/up"].dtype == torch.bfloat16
+    assert named(ours)["master/up"].dtype == torch.float32
     moved = distance(Net(torch.float32), wide)
     assert distance(narrow, wide) < 0.05 * moved
 
@@ -219,13 +236,13 @@ def test_bfloat16_moments_stay_close() -> None:
 def test_bfloat16_second_moment_follows_at_beta2_of_095() -> None:
     """The claim of the file's docstring: v settles within 8% and decays when gradients vanish."""
     net = Net(torch.float32)
-    ours = AdamW(net.named_parameters(), config(moments=MomentDtype.bf16))
+    ours = make_engine(net, config(moments=MomentDtype.bf16))
     for grads, expected in (([1.0] * 100, 1.0), ([0.5] * 200, 0.25), ([0.0] * 400, 0.0)):
         for grad in grads:
             ours.begin()
             ours.accumulate(net.up, torch.full_like(net.up, grad))
-            ours.step(0.0)
-        v = ours.state()["v/up"].float()
+            step(ours, 0.0)
+        v = named(ours)["v/up"].float()
         torch.testing.assert_close(v, torch.full_like(v, expected), rtol=0.08, atol=1e-6)
 
 
@@ -238,7 +255,7 @@ def test_same_bits_twice() -> None:
 
 def test_pattern_without_a_match_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.no_decay.*'\*nrom\*'"):
-        AdamW(Net().named_parameters(), config(no_decay=("norm", "*nrom*")))
+        make_engine(Net(), config(no_decay=("norm", "*nrom*")))
 
 
 @pytest.mark.parametrize(

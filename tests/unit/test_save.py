@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_mesh import make_engine
 from small_models import make_config, make_model
 
 from model.build import allocate
 from model.transformer import Transformer
 from training.config import OptimizerConfig
-from training.optimizer import AdamW
-from training.save import MANIFEST, load, name_tensors, open_saved, save
+from training.gather import name_tensors
+from training.save import MANIFEST, load, open_saved, save
 
 
 def fresh(model: Transformer, dtype: torch.dtype) -> Transformer:
@@ -27,8 +28,8 @@ def equal(a: Transformer, b: Transformer) -> bool:
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_come_back_to_the_bit(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
     model = make_model(make_config(mtp=1, tied=tied), dtype)
-    # The optimizer makes the parameters slices of one buffer.
-    AdamW(model.named_parameters(), OptimizerConfig(lr=1.0))
+    # The engine makes the parameters slices of one buffer.
+    make_engine(model, OptimizerConfig(lr=1.0))
     save(model, tmp_path / "weights")
     again = fresh(model, dtype)
     load(again, tmp_path / "weights")

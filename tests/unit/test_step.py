@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from small_models import make_config
-from small_runs import WORDS, make_run, write_text
+from small_runs import WORDS, make_run, open_run, write_text
 from torch import Tensor
 
 from model.batch import count_labels
 from training.config import Precision
-from training.setup import Setup, set_up
-from training.step import accumulate, count_denominators, run_step
+from training.microbatches import accumulate, count_denominators
+from training.setup import Setup
+from training.step import run_step
 
 
 def never() -> bool:
@@ -48,12 +49,16 @@ def open_pages(folder: Path, micro_batch: int, **run: Any) -> Setup:
         micro_batch=micro_batch,
         **run,
     )
-    return set_up(config, report=lambda line: None)
+    return open_run(config)
+
+
+def state(setup: Setup) -> dict[str, Tensor]:
+    return {chunk.name: chunk.tensor for chunk in setup.engine.state().chunks}
 
 
 def gradients(setup: Setup) -> dict[str, Tensor]:
     """What a first step's gradients were: the first moments are (1 - beta1) times them."""
-    return {name: tensor / 0.1 for name, tensor in setup.optimizer.state().items() if name.startswith("m/")}
+    return {name: tensor / 0.1 for name, tensor in state(setup).items() if name.startswith("m/")}
 
 
 def test_every_split_into_micro_batches_gives_the_same_gradients(pages: Path) -> None:
@@ -81,24 +86,25 @@ def test_every_split_into_micro_batches_gives_the_same_gradients(pages: Path) ->
 def test_the_loss_is_the_sum_over_the_number_of_labels(pages: Path) -> None:
     setup = open_pages(pages, micro_batch=2)
     batches = [setup.text.train.read(first, 2) for first in range(0, 8, 2)]
-    denominators = count_denominators(batches, depth=2)
+    denominators = count_denominators(batches, 2, setup.mesh)
     expected = [sum(int(batch.counted[:, 1 + d : 17 + d].sum()) for batch in batches) for d in range(3)]
     assert denominators.tokens == tuple(map(float, expected)) and denominators.sequences == 8.0
-    setup.optimizer.begin()
-    totals = accumulate(setup.model, batches, denominators, never)
+    setup.engine.begin()
+    totals = accumulate(setup.engine, batches, denominators, never)
     assert totals is not None
     row = run_step(setup, 0, never)
     assert row is not None and row.loss == pytest.approx(totals.losses[0].item() / expected[0], rel=1e-13)
 
 
 def test_micro_batches_without_labels_are_no_division_by_zero(pages: Path) -> None:
-    batch = open_pages(pages, micro_batch=2).text.train.read(0, 2)
+    setup = open_pages(pages, micro_batch=2)
+    batch = setup.text.train.read(0, 2)
     empty = batch._replace(counted=torch.zeros_like(batch.counted))
-    assert count_denominators([empty], depth=2).tokens == (1.0, 1.0, 1.0)
+    assert count_denominators([empty], 2, setup.mesh).tokens == (1.0, 1.0, 1.0)
 
 
 def test_an_abandoned_step_leaves_no_trace(text: Path) -> None:
-    disturbed, quiet = (set_up(make_run(text), report=lambda line: None) for _ in range(2))
+    disturbed, quiet = (open_run(make_run(text)) for _ in range(2))
     answers = iter([False, True])
     before = [parameter.clone() for parameter in disturbed.model.parameters()]
     assert run_step(disturbed, 0, stop=lambda: next(answers)) is None
@@ -112,14 +118,14 @@ def test_an_abandoned_step_leaves_no_trace(text: Path) -> None:
 
 
 def test_a_step_that_is_not_finite_is_skipped(text: Path) -> None:
-    setup = set_up(make_run(text), report=lambda line: None)
+    setup = open_run(make_run(text))
     with torch.no_grad():
         kept = setup.model.head.weight[3].clone()
         setup.model.head.weight[3] = float("nan")
-    before = {name: tensor.clone() for name, tensor in setup.optimizer.state().items()}
+    before = {name: tensor.clone() for name, tensor in state(setup).items()}
     row = run_step(setup, 0, never)
     assert row is not None and row.skipped and row.loss != row.loss
-    assert all(torch.equal(t, before[n]) or t.isnan().any() for n, t in setup.optimizer.state().items())
+    assert all(torch.equal(t, before[n]) or t.isnan().any() for n, t in state(setup).items())
     assert all(not router.bias.any() for router in setup.model.routers())
     with torch.no_grad():
         setup.model.head.weight[3] = kept

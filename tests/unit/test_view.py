@@ -11,6 +11,7 @@ from test_metrics import row
 
 from model.count import flops_per_token
 from training import view
+from training.machine import Machine
 from training.peaks import find_peak
 from training.ramp import schedule_batches
 from training.view import Gauge, PlainView, TerminalView, open_view, shorten, write_time
@@ -18,7 +19,7 @@ from training.view import Gauge, PlainView, TerminalView, open_view, shorten, wr
 
 def gauge(device: str = "cpu", price: float = 0.0, steps: int = 100) -> Gauge:
     config = make_run(Path(), steps=steps)
-    return Gauge(config, schedule_batches(config.run, 16), device, price)
+    return Gauge(config, schedule_batches(config.run, 16), Machine(device, 1, 1, False, ""), price)
 
 
 def flops() -> float:

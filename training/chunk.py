@@ -1,0 +1,44 @@
+"""A rectangle of a named tensor, placed in the whole: what state is made of, whatever the layout that holds it."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Chunk(NamedTuple):
+    """A part of the tensor ``name``; shapes and offsets are those of the whole model."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+def fill(own: Iterable[Chunk], given: Iterable[Chunk]) -> list[str]:
+    """Copies into every chunk of ``own`` what ``given`` has of it. The names, sorted, of those that miss a part."""
+    known: dict[str, list[Chunk]] = {}
+    for chunk in given:
+        known.setdefault(chunk.name, []).append(chunk)
+    return sorted({chunk.name for chunk in own if not copy_into(chunk, known.get(chunk.name, []))})
+
+
+def copy_into(own: Chunk, given: Iterable[Chunk]) -> bool:
+    """Fills ``own`` with what the ``given``, disjoint chunks of its tensor, have of it. False if that is not all."""
+    filled = 0
+    for other in given:
+        if other.global_shape != own.global_shape:
+            return False
+        common = [
+            range(max(a, b), min(a + m, b + n))
+            for a, m, b, n in zip(own.offset, own.tensor.shape, other.offset, other.tensor.shape, strict=True)
+        ]
+        filled += math.prod(map(len, common))
+        if all(common):
+            into, source = (
+                chunk.tensor[tuple(slice(r.start - o, r.stop - o) for r, o in zip(common, chunk.offset, strict=True))]
+                for chunk in (own, other)
+            )
+            into.copy_(source)
+    return filled == own.tensor.numel()

@@ -1,0 +1,61 @@
+"""What data parallelism is to the rest of training: who sums gradients, who updates weights, who keeps which state.
+
+    begin -> (forward -> backward) for every micro-batch of every stage -> finished, once a stage -> step
+
+An engine takes the parameters of the stages that this rank holds. Gradients are sums over all ranks that hold a
+parameter, never averages: every loss comes divided by a denominator of the whole global batch.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from training.chunk import Chunk
+
+STAGE = 0  # the only one without pipelines
+
+
+class Update(NamedTuple):
+    """What a step did: the same on every rank."""
+
+    norm: float  # of the gradient of the whole model, before clipping
+    factor: float  # what clipping multiplied the gradient by, at most 1
+    applied: bool  # False: the gradient was not finite (or the caller said so) and nothing has changed
+
+
+class State(NamedTuple):
+    """What an engine needs to go on, besides the model's buffers."""
+
+    steps: int  # updates applied
+    chunks: list[Chunk]  # of "master/<parameter>", "m/<parameter>" and "v/<parameter>"
+
+
+class Engine(Protocol):
+    """Data parallelism. Calls of ``finished``, ``step`` and ``load`` are collective."""
+
+    def begin(self) -> None:
+        """Forgets the gradients: those of the next step start here."""
+
+    def forward(self, stage: int, *args: Any) -> Any:
+        """Calls the module of ``stage``."""
+
+    def backward(self, stage: int, loss: Tensor) -> None:
+        """Adds the gradients of ``loss`` to the step's."""
+
+    def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Adds ``grad`` (the parameter's shape, any float dtype): for gradients that no backward computes."""
+
+    def finished(self, stage: int) -> None:
+        """The step's last gradient of ``stage`` is there: its sum over the parameter's holders may start."""
+
+    def step(self, lr: float, finite: bool = True) -> Update:
+        """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite."""
+
+    def state(self) -> State:
+        """This rank's part of masters and moments: views, each of them on one rank only."""
+
+    def load(self, state: State) -> None:
+        """Takes over what ``state`` gave, in this layout or another, and sets the parameters from the masters.
+
+        Raises ValueError naming what is missing, unexpected or of another shape.
+        """

@@ -1,0 +1,157 @@
+"""Parameters of one dtype, one weight decay and the same holders, end to end: who holds what of their storage.
+
+    weights    | ............................... |     the parameters' dtype; every parameter is a slice
+    gradients  | ............................... |     float32, or wider where the parameters are
+    masters    | own |                                 the gradients' dtype
+    m, v       | own |                                 the same, or bfloat16
+
+Weights and gradients are there in full. Of masters and moments a rank has its own piece of every bucket
+(training/pieces.py), one holder among n about 1/n of them. Where weights have the masters' dtype, a master *is* a piece
+of the weights.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallel.mesh import Mesh
+from parallel.placement import Shard
+from parallel.reduce import Finish, gather_pieces, reduce_pieces
+from parallel.traffic import Traffic
+from training.chunk import Chunk
+from training.optimizer import Part
+from training.pieces import Slot, align, cut_rows, fill_buckets, find_rectangles, lay_out
+
+
+class Entry(NamedTuple):
+    """A parameter, its global name, and which part of the whole this rank holds."""
+
+    name: str
+    parameter: nn.Parameter
+    shard: Shard
+
+
+class Slab:
+    """Their weights, gradients and state on this rank."""
+
+    def __init__(self, entries: Sequence[Entry], mesh: Mesh, decay: float, narrow: bool, bucket_bytes: int) -> None:
+        """``narrow`` keeps moments in bfloat16. The parameters' storage moves into the slab."""
+        holders = entries[0].shard.placement.holders
+        self._entries, self._group, self._decay = entries, mesh.group(holders, Traffic.data), decay
+        self._slots = lay_out([entry.parameter.shape for entry in entries])
+        dtype, device = entries[0].parameter.dtype, entries[0].parameter.device
+        master = torch.promote_types(dtype, torch.float32)
+        size = align(self._slots[-1].stop)
+        self._weights = torch.zeros(size, dtype=dtype, device=device)
+        self._grads = torch.zeros(size, dtype=master, device=device)
+        degree, place = mesh.degree(holders), mesh.coordinate(holders)
+        # A single holder has nothing to send: everything is one bucket.
+        limit = bucket_bytes // self._grads.itemsize if degree > 1 else size
+        self._buckets = [cut_rows(bucket, degree) for bucket in fill_buckets(self._slots, limit)]
+        self._own = [bucket[place] for bucket in self._buckets]
+        owned = sum(map(len, self._own))
+        self._wide = dtype == master
+        masters = None if self._wide else torch.zeros(owned, dtype=master, device=device)
+        moment = torch.bfloat16 if narrow else master
+        m, v = (torch.zeros(owned, dtype=moment, device=device) for _ in range(2))
+        self.parts = list(self._cut_parts(masters, m, v))
+        self._touched: set[int] = set()  # parameters with a gradient in this step
+        self._take_over()
+
+    def begin(self) -> None:
+        """Forgets the gradients."""
+        self._touched.clear()
+
+    @torch.no_grad()
+    def accumulate(self, place: int, grad: Tensor) -> None:
+        """Adds to the gradient of parameter number ``place``."""
+        total = _view(self._grads, self._slots[place], grad)
+        if place in self._touched:
+            total.add_(grad)
+        else:
+            total.copy_(grad)
+            self._touched.add(place)
+
+    def reduce(self) -> Iterator[Finish]:
+        """Launches the sum of each bucket's gradients over the holders, each into its owner's piece."""
+        for place, slot in enumerate(self._slots):
+            if place not in self._touched:
+                # Other holders may have a gradient.
+                self._grads[slot.start : slot.stop].zero_()
+        return (reduce_pieces(self._grads, bucket, self._group) for bucket in self._buckets)
+
+    def publish(self) -> Iterator[Finish]:
+        """Launches the copy of each bucket's weights to all holders."""
+        return (gather_pieces(self._weights, bucket, self._group) for bucket in self._buckets)
+
+    def count_bytes(self) -> int:
+        """Bytes of all its buffers."""
+        owned = (tensor for part in self.parts for tensor in (part.m, part.v, None if self._wide else part.master))
+        return self._weights.nbytes + self._grads.nbytes + sum(tensor.nbytes for tensor in owned if tensor is not None)
+
+    def cast(self) -> None:
+        """Sets the owned weights from their masters."""
+        for part in self.parts:
+            if part.weight is not None:
+                part.weight.copy_(part.master)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Masters and moments as rectangles of the whole parameters."""
+        for own, part in zip(self._own, self.parts, strict=True):
+            for entry, slot in zip(self._entries, self._slots, strict=True):
+                here = range(max(own.start, slot.start), min(own.stop, slot.stop))
+                if here:
+                    yield from self._cut_chunks(
+                        entry, slot, here, part.cut(here.start - own.start, here.stop - own.start)
+                    )
+
+    def _cut_chunks(self, entry: Entry, slot: Slot, here: range, part: Part) -> Iterator[Chunk]:
+        """``part`` are the elements ``here`` of the slab, all of one parameter."""
+        at = 0
+        inside = range(here.start - slot.start, here.stop - slot.start)
+        for rectangle in find_rectangles(entry.shard.shape, inside):
+            size = math.prod(rectangle.shape)
+            offset = tuple(map(sum, zip(entry.shard.offset, rectangle.offset, strict=True)))
+            for kind, tensor in (("master", part.master), ("m", part.m), ("v", part.v)):
+                view = tensor[at : at + size].view(rectangle.shape)
+                yield Chunk(f"{kind}/{entry.name}", entry.shard.global_shape, offset, view)
+            at += size
+
+    def _cut_parts(self, masters: Tensor | None, m: Tensor, v: Tensor) -> Iterator[Part]:
+        at = 0
+        for own in self._own:
+            here, there = slice(at, at + len(own)), slice(own.start, own.stop)
+            weight = self._weights[there]
+            if masters is None:
+                yield Part(weight, self._grads[there], m[here], v[here], None, self._decay)
+            else:
+                yield Part(masters[here], self._grads[there], m[here], v[here], weight, self._decay)
+            at += len(own)
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        for entry, slot in zip(self._entries, self._slots, strict=True):
+            into = _view(self._weights, slot, entry.parameter)
+            into.copy_(entry.parameter)
+            entry.parameter.data = into
+        for part in self.parts:
+            if part.weight is not None:
+                part.master.copy_(part.weight)
+
+
+def _view(buffer: Tensor, slot: Slot, like: Tensor) -> Tensor:
+    return buffer[slot.start : slot.stop].view(like.shape)
+
+
+def complete(launched: Iterable[Finish]) -> None:
+    """Completes collectives in order while the next one is on its way: never more than two at once."""
+    before: Finish | None = None
+    for finish in launched:
+        if before is not None:
+            before()
+        before = finish
+    if before is not None:
+        before()
