@@ -3,6 +3,8 @@
 Segments of one kind share their code, so a model of any depth compiles a handful of graphs: attention with and without
 a router, experts, merge, the dense feed-forward part. Communication stays outside; so do runs that put weight gradients
 off (``deferred``) and generation (its cache grows every token), which execute the same segments eagerly.
+
+How many rows arrive from other ranks differs in every step: those sizes are marked dynamic from the first call.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 
 from model.attention import Context
-from model.block import Block, Lane
+from model.block import Block, Dispatched, Lane
 from model.transformer import Transformer
 
 GRAPHS = 64  # a segment is compiled anew for each shape and for evaluation; torch gives up after 8 by default
@@ -33,4 +35,7 @@ def compile_segments(model: Transformer, backend: str | Callable[..., Any] = "in
 def _run(eager: Callable[..., Any], compiled: Callable[..., Any], carry: Any, context: Context) -> Any:
     """Through the compiled segment, unless the list or the cache in ``context`` would have to be compiled with it."""
     plain = context.deferred is None and context.cache is None
+    if isinstance(carry, Dispatched) and carry.layout.home is not None:
+        for tensor in (carry.received, carry.layout.source, carry.layout.slots):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return (compiled if plain else eager)(carry, context)

@@ -16,10 +16,12 @@ CHUNK = 2**25  # logits held at once: 128 MiB in float32
 
 
 def widen(dtype: torch.dtype) -> torch.dtype:
+    """What logits and sums are computed in."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def split_chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
+    """Ranges of tokens with at most ``CHUNK`` logits each."""
     size = max(1, CHUNK // vocab)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 

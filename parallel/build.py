@@ -6,8 +6,9 @@ from model.build import initialise, outline
 from model.config import ModelConfig
 from model.transformer import Transformer
 from parallel.mesh import Mesh
-from parallel.parallelize import parallelize, plan_transformer
+from parallel.parallelize import parallelize
 from parallel.placement import Shard
+from parallel.plan import plan_transformer
 
 
 def allocate_sharded(

@@ -1,51 +1,22 @@
-"""From a plain model to a rank's part of it: one table, one order, one screen.
+"""From a plain model to a rank's part of it: one order, one screen.
 
-The table says where every parameter of our transformer lies. ``parallelize`` cuts the parameters as it says and swaps
-what stands at the model's seams; the model itself stays what it was and never asks whether it is parallel.
+The table (parallel/plan.py) says where every parameter lies. ``parallelize`` cuts the parameters as it says and swaps what
+stands at the model's seams; the model itself stays what it was and never asks whether it is parallel.
 """
 
 from torch import nn
 
 from model.attention import LatentAttention
 from model.block import Block
-from model.config import ModelConfig
 from model.experts import SwiGLU
 from model.router import Router
 from model.transformer import Transformer
 from parallel.exchange import ExpertExchange
 from parallel.loss import Part, VocabularyCrossEntropy
 from parallel.mesh import Mesh, Traffic
-from parallel.placement import REPLICATED, Placement, Plan, Row, Shard, cut, place
+from parallel.placement import Plan, Shard, cut, place
 from parallel.tensor import ShardedSequence, VocabularyLookup
 from parallel.topology import Axis
-
-ROWS = Placement(Axis.tp, 0)  # outputs: heads, vocabulary
-WIDTHS = Placement(Axis.tp, 1)  # inputs [outputs, inputs], or the width of a fused weight [2, width, inputs]
-EXPERTS = Placement(Axis.ep, 0)
-
-
-def plan_transformer(config: ModelConfig) -> Plan:
-    """The table. The first row that matches a name counts; a row is there only if the model has such a parameter."""
-    compressed = config.attention.q_rank is not None
-    blocks = [*range(config.num_layers), *range(config.num_layers, config.num_layers + config.mtp.depth)]
-    routed = any(map(config.is_moe, blocks))
-    dense = not all(map(config.is_moe, blocks)) or config.moe.shared_experts > 0
-    table = (
-        (True, "embedding.weight", ROWS),
-        (not config.tied, "head.weight", ROWS),
-        (compressed, "*.mla.q_b.weight", ROWS),
-        (not compressed, "*.mla.q.weight", ROWS),
-        (True, "*.mla.kv_b.weight", ROWS),
-        (True, "*.mla.o.weight", WIDTHS),
-        (routed, "*.routed.*.weight", EXPERTS),
-        (dense, "*.gate_up.weight", WIDTHS),
-        (dense, "*.down.weight", WIDTHS),
-        (routed, "*.router.weight", REPLICATED),
-        (True, "*.mla.*kv_a.weight", REPLICATED),
-        (True, "*norm.weight", REPLICATED),
-        (config.mtp.depth > 0, "mtp.*.project.weight", REPLICATED),
-    )
-    return tuple(Row(pattern, placement) for there, pattern, placement in table if there)
 
 
 def parallelize(model: Transformer, plan: Plan, mesh: Mesh) -> dict[str, Shard]:

@@ -1,0 +1,39 @@
+"""Where every parameter of our transformer lies: the table that ``parallelize`` follows.
+
+rows        over tp   outputs of q_b, kv_b (whole heads), embedding, head (vocabulary; parts may differ by a row)
+widths      over tp   inputs of o and down, the width of fused gate and up (parts may differ by one)
+experts     over ep   whole experts, never split by tp
+replicated            what works on sequence shards: norms, routers, latent projections, MTP's projection
+"""
+
+from model.config import ModelConfig
+from parallel.placement import REPLICATED, Placement, Plan, Row
+from parallel.topology import Axis
+
+ROWS = Placement(Axis.tp, 0)  # outputs: heads, vocabulary
+WIDTHS = Placement(Axis.tp, 1)  # inputs [outputs, inputs], or the width of a fused weight [2, width, inputs]
+EXPERTS = Placement(Axis.ep, 0)
+
+
+def plan_transformer(config: ModelConfig) -> Plan:
+    """The table. The first row that matches a name counts; a row is there only if the model has such a parameter."""
+    compressed = config.attention.q_rank is not None
+    blocks = [*range(config.num_layers), *range(config.num_layers, config.num_layers + config.mtp.depth)]
+    routed = any(map(config.is_moe, blocks))
+    dense = not all(map(config.is_moe, blocks)) or config.moe.shared_experts > 0
+    table = (
+        (True, "embedding.weight", ROWS),
+        (not config.tied, "head.weight", ROWS),
+        (compressed, "*.mla.q_b.weight", ROWS),
+        (not compressed, "*.mla.q.weight", ROWS),
+        (True, "*.mla.kv_b.weight", ROWS),
+        (True, "*.mla.o.weight", WIDTHS),
+        (routed, "*.routed.*.weight", EXPERTS),
+        (dense, "*.gate_up.weight", WIDTHS),
+        (dense, "*.down.weight", WIDTHS),
+        (routed, "*.router.weight", REPLICATED),
+        (True, "*.mla.*kv_a.weight", REPLICATED),
+        (True, "*norm.weight", REPLICATED),
+        (config.mtp.depth > 0, "mtp.*.project.weight", REPLICATED),
+    )
+    return tuple(Row(pattern, placement) for there, pattern, placement in table if there)
