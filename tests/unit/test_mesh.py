@@ -78,15 +78,16 @@ def test_kinds_of_traffic_share_no_group() -> None:
 
 
 def test_the_ranks_of_a_group_find_each_other() -> None:
-    """They meet under the group's name, and each makes up that name by itself."""
+    """They meet under the group's name, which each makes up by itself: the same for all of them, and for no others."""
     for topology in [topology for topology in TOPOLOGIES if topology.world <= 12][:25]:
-        names: dict[tuple[Axis, Traffic, tuple[int, ...]], set[str]] = {}
+        names: dict[tuple[Traffic, tuple[int, ...]], set[str]] = {}
         for rank in range(topology.world):
             with pretend(rank, topology) as mesh:
                 for axis, traffic in GROUPS:
-                    key = axis, traffic, topology.group(rank, axis)
+                    key = traffic, topology.group(rank, axis)
                     names.setdefault(key, set()).add(mesh.group(axis, traffic).group_name)
         assert all(len(found) == 1 for found in names.values()), topology
+        assert len(set.union(*names.values())) == len(names), topology
 
 
 def test_a_world_of_another_size_is_refused() -> None:
