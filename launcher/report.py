@@ -1,8 +1,9 @@
 """What is said when ranks died: which was the first, its last lines, its exception; then what the others did.
 
 The first is not the one that was seen first: ranks that lose a connection to a dead one die of that, often earlier
-than the dead one is noticed. So, in this order:
+than the dead one is noticed, and the agent may end a rank that is just about to leave. So, in this order:
 
+    a mistake of the user's        a rank that found one ended with exit code 2
     an exception of a rank's own   the earliest
     death without a word           a signal, or an exit in the middle
     a lost connection              the earliest
@@ -27,10 +28,11 @@ MISTAKE = 2  # a rank's exit code for a mistake of the user
 class Cause(IntEnum):
     """What a rank died of; smaller is nearer to the root."""
 
-    exception = 0
-    silence = 1
-    connection = 2
-    ended = 3
+    mistake = 0
+    exception = 1
+    silence = 2
+    connection = 3
+    ended = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Death:
     @property
     def cause(self) -> Cause:
         """What it died of."""
+        if self.message and self.code == MISTAKE:
+            return Cause.mistake
         if self.message:
             return Cause.connection if LOST.search(self.message) else Cause.exception
         return Cause.ended if self.code == -signal.SIGTERM else Cause.silence
@@ -69,8 +73,7 @@ def read_deaths(run: Path, codes: Mapping[int, int | None]) -> list[Death]:
 
 def mistake(deaths: list[Death]) -> str | None:
     """What the user is to be told if a mistake of theirs was the root."""
-    first = deaths[0]
-    return first.message.partition(": ")[2] if first.code == MISTAKE and first.message else None
+    return deaths[0].message.partition(": ")[2] if deaths[0].cause is Cause.mistake else None
 
 
 def describe(run: Path, deaths: list[Death]) -> str:
