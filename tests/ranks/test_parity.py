@@ -10,7 +10,8 @@ from spawn import run_ranks
 
 from parallel.mesh import Mesh
 from training.proof.case import Case
-from training.proof.report import Report, prove
+from training.proof.prove import prove
+from training.proof.report import Report
 
 FEW = draw_layouts(seed=0, count=20, ranks=range(2, 5), most_tp=2)
 MANY = draw_layouts(seed=1, count=60, ranks=range(2, 9), most_tp=8)

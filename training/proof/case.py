@@ -1,9 +1,9 @@
 """What is proved: a layout, a model, and batches that leave no fault a place to hide.
 
-    sequence 0 mod 4   every label counts
-             1 mod 4   none does
-             2 mod 4   only labels in the first half do: with tp, a rank's whole shard is padding
-             3 mod 4   some do
+    sequence 0 of 4   every label counts
+             1 of 4   none does
+             2 of 4   only labels in the first half do: with tp, a rank's whole shard is padding
+             3 of 4   some do
 
 so that micro-batches, data-parallel ranks and shards of a sequence all differ in how much they count.
 Shapes: N sequences a step, S tokens a sequence, D depth of multi-token prediction.
@@ -17,8 +17,10 @@ from torch import Tensor
 from model.batch import Batch
 from model.config import ModelConfig
 from model.transformer import Transformer
-from parallel.topology import Topology
+from parallel.mesh import Mesh
+from parallel.topology import Axis, Topology
 from training.config import OptimizerConfig
+from training.ramp import BatchSchedule, Level
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,14 @@ class Case:
 
     @property
     def sequences(self) -> int:
-        """Sequences of a step, N."""
-        return self.topology.dp * self.micro_batch * self.accumulation
+        """Sequences of a step, N. With several micro-batches of several sequences, the last is one short."""
+        short = self.micro_batch > 1 and self.accumulation > 1
+        return self.topology.dp * (self.micro_batch * self.accumulation - short)
+
+    @property
+    def schedule(self) -> BatchSchedule:
+        """Every step takes as many sequences."""
+        return BatchSchedule((Level(0, 0, self.sequences),))
 
 
 def draw_batch(case: Case, step: int) -> Batch:
@@ -49,9 +57,10 @@ def draw_batch(case: Case, step: int) -> Batch:
     size = (case.sequences, case.length + 1 + case.model.mtp.depth)
     ids = torch.randint(case.model.vocab_size, size, generator=generator)
     counted = torch.rand(size, generator=generator) < 0.6
-    counted[0::4] = True
-    counted[1::4] = False
-    counted[2::4] = torch.arange(size[1]) <= case.length // 2
+    kinds = (torch.arange(size[0]) + case.seed + step) % 4
+    counted[kinds == 0] = True
+    counted[kinds == 1] = False
+    counted[kinds == 2] = torch.arange(size[1]) <= case.length // 2
     starts = torch.rand((case.sequences, case.length), generator=generator) < 0.3
     return Batch(ids, counted, starts.cumsum(1).int() if case.documents else None)
 
@@ -73,3 +82,19 @@ def disturb(case: Case, model: Transformer) -> None:
 def list_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every parameter and buffer by its global name, detached."""
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def place_sequences(case: Case, mesh: Mesh, step: int) -> list[slice]:
+    """Where the sequences of this rank's micro-batches lie in the global batch of a step."""
+    schedule, first = case.schedule, case.schedule.before(step)
+    plan = schedule.plan(step, case.micro_batch, mesh.degree(Axis.dp), mesh.coordinate(Axis.dp))
+    return [slice(at - first, at - first + count) for at, count in plan]
+
+
+def share_batch(case: Case, mesh: Mesh, step: int) -> list[Batch]:
+    """This rank's micro-batches."""
+    ids, counted, documents = draw_batch(case, step)
+    return [
+        Batch(ids[place], counted[place], None if documents is None else documents[place])
+        for place in place_sequences(case, mesh, step)
+    ]
