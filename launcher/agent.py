@@ -7,6 +7,7 @@ Each rank leads a process group of its own, so Ctrl-C reaches this process alone
 waits while the ranks save. When a rank dies the others are ended. When this process dies they end by themselves.
 """
 
+import io
 import logging
 import os
 import signal
@@ -38,6 +39,8 @@ def start(run: Path, world: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
     terminal = sys.stdout.isatty()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # the agent writes rank 0's lines, and flushes none
     store = _listen()
     config = LaunchConfig(
         min_nodes=1,

@@ -50,7 +50,10 @@ def train(folder: Path, start: list[str], *overrides: str, code: int = 0, **envi
 def running(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], dict[int, int]]]:
     """The command on two ranks, that has taken a step, and the process of each rank: both have ended behind it."""
     command = [*TRAIN, *WORDS, *LONG, *TWO, *overrides]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     said = ""
     while "step 1/" not in said:
