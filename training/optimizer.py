@@ -20,12 +20,13 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import OptimizerConfig
 
 CHUNK = 1 << 18  # elements whose narrow moments are widened at once: on a CPU they stay in the cache
 DEVICE_CHUNK = 1 << 25  # the same elsewhere, for few launches
+VECTOR = 64  # elements: more than any vector register holds
 NORM_CHUNK = 1 << 16  # elements summed in their own dtype; the partial sums are added in float64
 
 
@@ -76,24 +77,38 @@ def update(part: Part, config: OptimizerConfig, steps: int, lr: float, factor: f
 
 
 def _update(part: Part, config: OptimizerConfig, steps: int, lr: float, factor: float) -> None:
-    grad = part.grad
+    # The kernel rounds the last few elements of a tensor, which fill no vector register, otherwise than the others. In
+    # a copy that is filled up they are like the others, so that cutting tensors elsewhere changes no bit.
+    whole = len(part.master) // VECTOR * VECTOR
+    pieces, tail = [part.cut(0, whole)], part.cut(whole, len(part.master))
+    if len(tail.master):
+        padded = [nn.functional.pad(tensor, (0, VECTOR - len(tensor))) for tensor in tail[:4]]
+        pieces.append(Part(*padded, None, part.decay))
+    _launch(pieces, config, steps, lr, factor)
+    for piece in pieces[1:]:
+        for ours, updated in zip((tail.master, tail.m, tail.v), (piece.master, piece.m, piece.v), strict=True):
+            ours.copy_(updated[: len(ours)])
+
+
+def _launch(pieces: Sequence[Part], config: OptimizerConfig, steps: int, lr: float, factor: float) -> None:
+    device, wide = pieces[0].grad.device, pieces[0].grad.dtype == torch.float64
     # The kernel divides by a scale in float32 on its way, which is exact enough for all but float64.
-    scale = None if factor == 1.0 else torch.tensor(1 / factor, dtype=torch.float32, device=grad.device)
-    if scale is not None and grad.dtype == torch.float64:
-        grad.mul_(factor)
-        scale = None
+    scale = None if factor == 1.0 or wide else torch.tensor(1 / factor, dtype=torch.float32, device=device)
+    if wide and factor != 1.0:
+        for piece in pieces:
+            piece.grad.mul_(factor)
     # What torch.optim.AdamW(fused=True) calls; it has no public form that takes flat tensors.
     torch._fused_adamw_(
-        [part.master],
-        [grad],
-        [part.m],
-        [part.v],
+        [piece.master for piece in pieces],
+        [piece.grad for piece in pieces],
+        [piece.m for piece in pieces],
+        [piece.v for piece in pieces],
         [],
-        [torch.tensor(float(steps), device=grad.device)],
+        [torch.tensor(float(steps), device=device) for _ in pieces],
         lr=lr,
         beta1=config.beta1,
         beta2=config.beta2,
-        weight_decay=part.decay,
+        weight_decay=pieces[0].decay,
         eps=config.eps,
         amsgrad=False,
         maximize=False,
