@@ -1,0 +1,161 @@
+"""A whole run on several ranks is the run of one process: losses, norms, counts, evaluation and saved weights."""
+
+import json
+import math
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import make_config
+from small_runs import make_run, write_text
+from spawn import run_ranks
+
+from configs.schema import TrainConfig
+from parallel.mesh import Mesh
+from parallel.topology import Topology
+from training.config import Precision, RampConfig
+from training.finish import Ending, Summary
+from training.interrupt import Interrupt
+from training.loop import train_on
+from training.metrics import read
+from training.setup import set_up
+from training.step import run_step
+
+ALONE = Topology()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process."""
+    return run(text, tmp_path_factory.mktemp("alone"), ALONE, 4)[0]
+
+
+def make(text: Path, micro_batch: int, **changes: Any) -> TrainConfig:
+    """Four steps of 8 sequences, the first two of 4, measured twice on 21 sequences."""
+    return make_run(
+        text,
+        model=make_config(vocab_size=264, mtp=1),
+        precision=Precision.fp64,
+        micro_batch=micro_batch,
+        **{"steps": 4, "ramp": RampConfig(start=4, tokens=100), "eval_every": 2, "eval_tokens": 21 * 16, **changes},
+    )
+
+
+def run(text: Path, folder: Path, topology: Topology, micro_batch: int, **changes: Any) -> tuple[Path, list[Any]]:
+    config = make(text, micro_batch, **changes)
+    return folder, run_ranks(train_rank, topology.world, topology, config, str(folder))
+
+
+def train_rank(rank: int, world: int, topology: Topology, config: TrainConfig, folder: str) -> tuple[Summary, str]:
+    """A run on one rank: its summary, and what it printed."""
+    with redirect_stdout(StringIO()) as shown:
+        summary = train_on(Mesh(topology, torch.device("cpu")), config, Path(folder))
+    return summary, shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("topology", "micro_batch"),
+    [(Topology(dp=2), 2), (Topology(dp=4, ep=2), 1), (Topology(dp=2, tp=2, ep=2), 2)],
+    ids=str,
+)
+def test_equals_one_process(text: Path, reference: Path, tmp_path: Path, topology: Topology, micro_batch: int) -> None:
+    folder, ranks = run(text, tmp_path, topology, micro_batch)
+    ours, theirs = (read(path / "metrics.jsonl", "step") for path in (folder, reference))
+    assert len(ours) == len(theirs) == 4 and [row["tokens"] // 16 for row in ours] == [4, 4, 8, 8]
+    for row, expected in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm", "clip_factor", "aux"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-11), name
+        assert row["mtp_losses"] == pytest.approx(expected["mtp_losses"], rel=1e-11)
+        for name in ("lr", "tokens", "cursor", "violation_worst", "violation_mean", "dead_experts", "skipped"):
+            assert row[name] == expected[name], name
+    evaluations, expected = (
+        [row["loss"] for row in read(path / "metrics.jsonl", "eval")] for path in (folder, reference)
+    )
+    assert len(evaluations) == 2 and evaluations == pytest.approx(expected, rel=1e-11)
+    weights, wanted = (load_file(path / "weights" / "00001.safetensors") for path in (folder, reference))
+    assert weights.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (weights[name] - tensor).abs().max() <= 1e-9 * tensor.abs().max().clamp(1e-9), name
+    check_endings(folder, reference, ranks)
+
+
+def check_endings(folder: Path, reference: Path, ranks: list[tuple[Summary, str]]) -> None:
+    """Rank 0 alone speaks and writes; all agree."""
+    (first, shown), *others = ranks
+    assert "held-out loss" in shown and "ranks of 1 threads" in shown
+    assert all(text == "" for _, text in others)
+    assert all(
+        (s.ending, s.steps, s.loss, s.held_out) == (Ending.finished, 4, first.loss, first.held_out) for s, _ in ranks
+    )
+    (end,), (expected,) = (read(path / "metrics.jsonl", "end") for path in (folder, reference))
+    assert end["bigram"] == expected["bigram"] and not math.isnan(end["bigram"])
+    assert (folder / "sample.txt").read_text() == (reference / "sample.txt").read_text()
+    starts = [json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in (folder, reference)]
+    assert starts[0]["parameters"] == starts[1]["parameters"] and starts[0]["ranks"] == len(ranks)
+
+
+def test_without_saved_weights_a_spread_model_has_no_sample(text: Path, tmp_path: Path) -> None:
+    config = make(text, 2, steps=1, ramp=RampConfig(), eval_every=0)
+    config.checkpoint.save = False
+    topology = Topology(dp=2, ep=2)
+    (_, shown), _ = run_ranks(train_rank, 2, topology, config, str(tmp_path))
+    assert "no sample" in shown and sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def stop_rank(rank: int, world: int, config: TrainConfig, folder: str) -> Ending:
+    """Ctrl-C reaches rank 1 only, in the middle of its second step."""
+    reads = 0
+    entered = Interrupt.__enter__
+
+    def enter(interrupt: Interrupt) -> Interrupt:
+        from training import steps
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            interrupt.asked = interrupt.asked or (rank == 1 and reads == 2)
+            return run_step(*arguments)
+
+        steps.run_step = counted
+        return entered(interrupt)
+
+    Interrupt.__enter__ = enter  # type: ignore[method-assign]
+    return train_rank(rank, world, Topology(dp=2), config, folder)[0].ending
+
+
+def test_ranks_stop_together(text: Path, tmp_path: Path) -> None:
+    endings = run_ranks(stop_rank, 2, make(text, 2), str(tmp_path))
+    assert endings == [Ending.interrupted] * 2
+    assert len(read(tmp_path / "metrics.jsonl", "step")) == 2 and (tmp_path / "weights").exists()
+
+
+def poison_rank(rank: int, world: int, config: TrainConfig) -> list[Any]:
+    """Rank 1 alone has a weight that is not finite, in the first of two steps."""
+    setup = set_up(config, lambda line: None, Mesh(Topology(dp=2), torch.device("cpu")))
+    weight = setup.model.norm.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0] = float("nan") if rank == 1 else weight[0]
+    first = run_step(setup, 0, lambda: False)
+    with torch.no_grad():
+        weight.copy_(kept)
+    second = run_step(setup, 1, lambda: False)
+    assert first is not None and second is not None
+    biases = [bool(router.bias.any()) for router in setup.model.routers()]
+    return [first.skipped, second.skipped, second.loss, all(biases)]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(text: Path) -> None:
+    first, second = run_ranks(poison_rank, 2, make(text, 2))
+    assert first == second and first[:2] == [True, False] and math.isfinite(first[2]) and first[3]
