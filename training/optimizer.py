@@ -82,12 +82,15 @@ def _update(part: Part, config: OptimizerConfig, steps: int, lr: float, factor: 
     whole = len(part.master) // VECTOR * VECTOR
     pieces, tail = [part.cut(0, whole)], part.cut(whole, len(part.master))
     if len(tail.master):
-        padded = [nn.functional.pad(tensor, (0, VECTOR - len(tensor))) for tensor in tail[:4]]
-        pieces.append(Part(*padded, None, part.decay))
+        pieces.append(Part(*map(_pad, (tail.master, tail.grad, tail.m, tail.v)), None, part.decay))
     _launch(pieces, config, steps, lr, factor)
     for piece in pieces[1:]:
         for ours, updated in zip((tail.master, tail.m, tail.v), (piece.master, piece.m, piece.v), strict=True):
             ours.copy_(updated[: len(ours)])
+
+
+def _pad(tensor: Tensor) -> Tensor:
+    return nn.functional.pad(tensor, (0, VECTOR - len(tensor)))
 
 
 def _launch(pieces: Sequence[Part], config: OptimizerConfig, steps: int, lr: float, factor: float) -> None:
