@@ -80,16 +80,16 @@ def _update(part: Part, config: OptimizerConfig, steps: int, lr: float, factor: 
     # The kernel rounds the last few elements of a tensor, which fill no vector register, otherwise than the others. In
     # a copy that is filled up they are like the others, so that cutting tensors elsewhere changes no bit.
     whole = len(part.master) // VECTOR * VECTOR
-    pieces, tail = [part.cut(0, whole)], part.cut(whole, len(part.master))
-    if len(tail.master):
-        pieces.append(Part(*map(_pad, (tail.master, tail.grad, tail.m, tail.v)), None, part.decay))
-    _launch(pieces, config, steps, lr, factor)
-    for piece in pieces[1:]:
-        for ours, updated in zip((tail.master, tail.m, tail.v), (piece.master, piece.m, piece.v), strict=True):
-            ours.copy_(updated[: len(ours)])
+    if whole == len(part.master):
+        return _launch([part], config, steps, lr, factor)
+    tail = part.cut(whole, len(part.master))
+    filled = Part(_fill(tail.master), _fill(tail.grad), _fill(tail.m), _fill(tail.v), None, part.decay)
+    _launch([part.cut(0, whole), filled], config, steps, lr, factor)
+    for ours, updated in ((tail.master, filled.master), (tail.m, filled.m), (tail.v, filled.v)):
+        ours.copy_(updated[: len(ours)])
 
 
-def _pad(tensor: Tensor) -> Tensor:
+def _fill(tensor: Tensor) -> Tensor:
     return nn.functional.pad(tensor, (0, VECTOR - len(tensor)))
 
 
