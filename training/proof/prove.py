@@ -14,14 +14,14 @@ from parallel.topology import Axis
 from parallel.traffic import Traffic
 from training.proof.case import Case
 from training.proof.compare import compare
-from training.proof.plain import trace_plain
+from training.proof.plain import Reference, trace_plain
 from training.proof.report import Difference, Report, summarise
 from training.proof.sharded import trace_sharded
 
 
-def prove(case: Case, mesh: Mesh) -> Report:
-    """Runs the case on this rank and on the plain model. Collective over all ranks of ``mesh``."""
-    reference = trace_plain(case)
+def prove(case: Case, mesh: Mesh, reference: Reference | None = None) -> Report:
+    """Runs the case on this rank and, without a ``reference``, on the plain model. Collective over all ranks."""
+    reference = reference or trace_plain(case)
     trace, shards = trace_sharded(case, mesh, reference.start)
     found = list(compare(case, mesh, reference.trace, trace, shards))
     everyone: list[list[Difference]] = [[] for _ in range(mesh.topology.world)]

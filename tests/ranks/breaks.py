@@ -1,0 +1,218 @@
+"""Faults planted into collectives, as data: which call, and what goes wrong with it.
+
+A call is named by file, function, what is called, and which of such calls in that function it is. While planted, that
+call and no other goes wrong, in the same way on every rank, so that nothing hangs and only numbers can tell.
+"""
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.collectives import Pending
+from parallel.mesh import Mesh
+from parallel.topology import Axis
+from parallel.traffic import Traffic
+
+ROOT = Path(__file__).parents[2]
+FILES = ("parallel", "training/slab.py", "training/native.py")
+COLLECTIVES = {
+    *("all_gather", "sum_scatter", "all_to_all", "all_reduce"),  # parallel/collectives.py
+    *("reduce_pieces", "gather_pieces", "_exchange"),  # parallel/reduce.py
+    *("dist.all_gather", "dist.all_gather_single", "dist.reduce_scatter", "dist.reduce_scatter_single"),
+    *("dist.all_to_all", "dist.all_to_all_single", "dist.all_reduce", "dist.broadcast", "dist.batch_isend_irecv"),
+}
+
+
+class Site(NamedTuple):
+    """A call of a collective."""
+
+    file: str
+    function: str  # qualified
+    callee: str  # as written there
+    index: int = 0  # among the same calls of the function
+
+
+class Break(NamedTuple):
+    """What goes wrong where."""
+
+    site: Site
+    kind: str  # a key of KINDS
+    ranks: int = 2  # 2: tp and ep over the same two; 4: dp as well
+
+
+def find_sites() -> dict[Site, range]:
+    """Every call of a collective in ``FILES``, and its lines."""
+    sites: dict[Site, range] = {}
+    paths = [
+        path for name in FILES for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
+    ]
+    for path in sorted(paths):
+        for function, call in _calls(ast.parse(path.read_text()), ""):
+            callee = ast.unparse(call.func)
+            if callee in COLLECTIVES:
+                file = str(path.relative_to(ROOT))
+                index = sum(1 for site in sites if site[:3] == (file, function, callee))
+                sites[Site(file, function, callee, index)] = range(call.lineno, (call.end_lineno or call.lineno) + 1)
+    return sites
+
+
+def _calls(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.Call]]:
+    """Calls in source order with the qualified name of the function around them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Call):
+            yield inside, child
+        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+        yield from _calls(child, f"{inside}.{child.name}".lstrip(".") if named else inside)  # type: ignore[attr-defined]
+
+
+class Overridden:
+    """``torch.distributed`` with one name replaced."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+
+@contextmanager
+def planted(broken: Break, mesh: Mesh) -> Iterator[list[int]]:
+    """Plants the break in this process. Yields a list that grows with every call that went wrong."""
+    site, hits = broken.site, list[int]()
+    lines = find_sites()[site]
+    module = importlib.import_module(site.file.removesuffix(".py").replace("/", "."))
+    owner, _, name = site.callee.rpartition(".")
+    original = getattr(dist if owner else module, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        if sys._getframe(1).f_code.co_filename.endswith(site.file) and sys._getframe(1).f_lineno in lines:
+            hits.append(1)
+            return KINDS[broken.kind](mesh, original, *args, **options)
+        return original(*args, **options)
+
+    kept = getattr(module, owner or name)
+    setattr(module, owner or name, Overridden(name, call) if owner else call)
+    yield hits
+    setattr(module, owner or name, kept)
+
+
+def find_group(args: tuple[Any, ...], options: dict[str, Any]) -> dist.ProcessGroup:
+    """The group a collective is called with."""
+    return next(value for value in (*args, *options.values()) if isinstance(value, dist.ProcessGroup))
+
+
+Call = Callable[..., Any]
+
+
+def skip(mesh: Mesh, call: Call, x: Tensor, *args: Any, **options: Any) -> Pending:
+    """Every rank goes on with what it has itself."""
+    group = find_group(args, options)
+    own = {
+        "all_gather": lambda: x.expand(group.size(), *x.shape).contiguous(),
+        "sum_scatter": lambda: x[group.rank()].clone(),
+        "all_to_all": lambda: x.new_zeros(sum(args[1]), *x.shape[1:]),
+        "all_reduce": lambda: x.clone(),
+    }
+    return Pending(None, own[call.__name__])
+
+
+def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor]) -> Call:
+    """The result is altered after the fact."""
+
+    def broken(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Pending:
+        pending = call(*args, **options)
+        return Pending(pending.work, lambda: alter(pending.finish(), find_group(args, options)))
+
+    return broken
+
+
+def swap_splits(mesh: Mesh, call: Call, rows: Tensor, sent: Any, received: Any, group: dist.ProcessGroup) -> Pending:
+    """What came from the first rank is taken for what came from the last."""
+    pending = call(rows, sent, received, group)
+    return Pending(pending.work, lambda: torch.cat(pending.finish().split(list(received))[::-1]))
+
+
+def take_wrong_group(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Any:
+    """The neighbours along dp instead of those along tp and ep, or the other way round, where they are as many."""
+    across, along = mesh.group(Axis.replicas, Traffic.data), mesh.group(Axis.tp, Traffic.tensor)
+    right = find_group(args, options)
+    ranks = dist.get_process_group_ranks(right)
+    other = along if ranks == dist.get_process_group_ranks(across) else across
+    other = other if len(ranks) == other.size() else right
+    wrong = [other if isinstance(value, dist.ProcessGroup) else value for value in args]
+    return call(*wrong, **{n: other if isinstance(v, dist.ProcessGroup) else v for n, v in options.items()})
+
+
+class Done:
+    """Work that needs no waiting."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+def leave(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Done:
+    """Nothing is sent, and buffers stay as they are."""
+    return Done()
+
+
+def erase(mesh: Mesh, call: Call, out: Tensor, *args: Any, **options: Any) -> Done:
+    """Nothing is sent, and zeros arrive."""
+    out.zero_()
+    return Done()
+
+
+def finish_at_once(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Callable[[], None]:
+    """Nothing is sent, and there is nothing to complete."""
+    return lambda: None
+
+
+def lose(mesh: Mesh, call: Call, operations: list[dist.P2POp]) -> list[dist.Work]:
+    """Nothing is sent, and zeros arrive."""
+    for operation in operations:
+        if operation.op is dist.irecv:
+            operation.tensor.zero_()
+    return []
+
+
+def scale_received(factor: float) -> Call:
+    """What others sent counts ``factor`` times."""
+
+    def broken(mesh: Mesh, call: Call, sent: list[Tensor], received: list[Tensor], group: Any) -> list[dist.Work]:
+        for work in call(sent, received, group):
+            work.wait()
+        for rank, tensor in enumerate(received):
+            if rank != dist.get_rank(group):
+                tensor *= factor
+        return []
+
+    return broken
+
+
+def work(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Any:
+    """As it should."""
+    return call(*args, **options)
+
+
+KINDS: dict[str, Call] = {
+    "nothing": work,
+    "skipped": skip,
+    "doubled": change(lambda result, group: result * 2),
+    "averaged": change(lambda result, group: result / group.size()),
+    "shuffled": change(lambda result, group: result.flip(-1)),
+    "swapped splits": swap_splits,
+    "wrong group": take_wrong_group,
+    "left alone": leave,
+    "erased": erase,
+    "never started": finish_at_once,
+    "lost": lose,
+    "received doubled": scale_received(2),
+    "received averaged": scale_received(0.5),
+}
