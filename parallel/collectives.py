@@ -53,7 +53,8 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
     out = torch.empty_like(x[0])
-    return Pending(dist.reduce_scatter_single(out, x, dist.ReduceOp.SUM, group, async_op=True), lambda: out)
+    work = dist.reduce_scatter_single(out.view(-1), x.view(-1), dist.ReduceOp.SUM, group, async_op=True)
+    return Pending(work, lambda: out)
 
 
 def _exchange_and_add(x: Tensor, group: dist.ProcessGroup) -> Pending:
