@@ -6,8 +6,10 @@
 Both sorts are gathers, and so are their gradients. No token is dropped: what a rank receives is as much as was sent, be
 it nothing. Within an expert, rows keep the order of ranks and tokens.
 
-Shapes: T tokens of this rank, K choices, E experts in all, n ranks, R rows received, P slots. Expert e lives on rank
-e // (E / n).
+Which rank holds an expert is a placement, one a layer: slot ``places[e]`` of E, of which every rank has E / n in a row.
+Routing, gates, biases and loads speak of experts; only what travels speaks of slots.
+
+Shapes: T tokens of this rank, K choices, E experts in all, n ranks, R rows received, P slots for rows.
 """
 
 import torch
@@ -54,15 +56,16 @@ class ExpertExchange:
     def __init__(self, experts: int, pad: int, mesh: Mesh) -> None:
         """``experts`` in all; ep divides them."""
         self.experts, self.pad, self.ranks = experts, pad, mesh.degree(Axis.ep)
+        self.places = torch.arange(experts, device=mesh.device)  # [E] int64, the slot of every expert
         self._tokens, self._counts = mesh.group(Axis.ep, Traffic.tokens), mesh.group(Axis.ep, Traffic.counts)
 
     def dispatch(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Layout]:
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)  # experts of one rank are neighbours: sorted by expert is sorted by rank
+        flat = self.places.index_select(0, experts.flatten())
+        order = flat.argsort(stable=True)  # slots of one rank are neighbours: sorted by slot is sorted by rank
         here = torch.zeros(self.experts, dtype=torch.int64, device=flat.device)
         here = here.scatter_add_(0, flat, torch.ones_like(flat)).view(self.ranks, -1)
         even = [1] * self.ranks
-        there = all_to_all(here, even, even, self._counts).wait()  # [n, E / n]: from each rank, for each expert here
+        there = all_to_all(here, even, even, self._counts).wait()  # [n, E / n]: from each rank, for each slot here
         home = Home(
             sent=here.sum(1),
             received=there.sum(1),

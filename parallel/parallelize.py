@@ -1,7 +1,7 @@
 """From a plain model to a rank's part of it: one order, one screen.
 
-The table (parallel/plan.py) says where every parameter lies. ``parallelize`` cuts the parameters as it says and swaps what
-stands at the model's seams; the model itself stays what it was and never asks whether it is parallel.
+The table (parallel/plan.py) says where every parameter lies. ``parallelize`` cuts the parameters as it says and swaps
+what stands at the model's seams; the model itself stays what it was and never asks whether it is parallel.
 """
 
 from torch import nn
