@@ -17,6 +17,20 @@ def test_without_a_ramp_every_step_is_alike() -> None:
     assert schedule.plan(2, 3) == [(16, 3), (19, 3), (22, 2)]
 
 
+def test_replicas_share_a_step() -> None:
+    """The same sequences as one process reads, each once; all replicas run alike."""
+    ramp = RampConfig(start=4, jump=4, tokens=500)
+    schedule = schedule_batches(section(global_batch=12, micro_batch=2, ramp=ramp), sequence_length=7)
+    for step in range(30):
+        expected = range(schedule.before(step), schedule.before(step + 1))
+        for replicas, micro_batch in ((1, 2), (2, 2), (4, 1), (2, 3), (4, 8)):
+            plans = [schedule.plan(step, micro_batch, replicas, replica) for replica in range(replicas)]
+            for stretch in zip(*plans, strict=True):
+                assert len({count for _, count in stretch}) == 1 and stretch[0][1] <= micro_batch
+            read = [at + i for stretch in zip(*plans, strict=True) for at, count in stretch for i in range(count)]
+            assert read == list(expected)
+
+
 def test_ramp_grows_with_the_tokens_seen() -> None:
     """start 2, full 8, jump 2 over 96 sequences: 4 is due at 32, 6 at 64, 8 at 96 sequences."""
     ramp = RampConfig(start=2, tokens=96 * 16)
