@@ -10,6 +10,7 @@ runs/<id>/config.yaml     the configuration, resolved
 
 import json
 import shlex
+import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
@@ -50,6 +51,13 @@ def create(config: RunConfig, invocation: Invocation) -> Path:
     (path / "command.txt").write_text(shlex.join(invocation.command) + "\n")
     (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     return path
+
+
+def discard_unstarted(path: Path) -> None:
+    """Removes the folder of a run that has recorded nothing: its id is free for the next try."""
+    record = RunFolder(path).metrics
+    if not record.exists() or not record.stat().st_size:
+        shutil.rmtree(path)
 
 
 def open(run: str, folder: str = "runs") -> RunFolder:  # `folder.open` reads well, and the builtin is not needed here

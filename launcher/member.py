@@ -30,16 +30,22 @@ def join(config: RunConfig, rank: ranks.Rank, invocation: Invocation) -> "Ending
     """
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    made = []
+
     def make() -> Path:
-        path = folder.create(config, invocation)
-        print(f"run {path}", flush=True)
-        return path
+        made.append(folder.create(config, invocation))
+        print(f"run {made[0]}", flush=True)
+        return made[0]
 
     try:
         ending = record(take_part)(config, rank, make, own_log=rank.rank > 0)
     except ValueError as error:
-        if rank.rank and cli.is_mistake(error):
+        if not cli.is_mistake(error):
+            raise
+        if rank.rank:
             raise SystemExit(2) from None
+        for path in made:
+            folder.discard_unstarted(path)
         raise
     assert ending is not None
     return ending

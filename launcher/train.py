@@ -6,7 +6,6 @@ a rank of somebody else's   torchrun -m launcher.train ...: this process is one 
 """
 
 import os
-import shutil
 import sys
 
 from configs.schema import RunConfig
@@ -37,10 +36,7 @@ def run(config: RunConfig, invocation: Invocation) -> int:
 
         return CODES[train(config, path, config.cluster.price_per_device_hour).ending]
     except BaseException:
-        record = path / "metrics.jsonl"
-        if not record.exists() or not record.stat().st_size:
-            # It never started: its id is free for the next try.
-            shutil.rmtree(path)
+        folder.discard_unstarted(path)
         raise
 
 

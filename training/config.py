@@ -192,7 +192,7 @@ class RunSection:
     folder: str = "runs"  # run folders live here
     ramp: RampConfig = field(default_factory=RampConfig)
     seed: int = 0  # of the weights
-    threads: int | None = None  # per rank; null: all cores
+    threads: int | None = None  # per rank; null: an equal share of the cores
     device: Device = Device.auto
     compile: Compile = Compile.auto
     deterministic: bool = True

@@ -189,6 +189,12 @@ def test_a_mistake_that_ranks_find_is_printed_once(folder: Path) -> None:
     assert not (folder / "runs" / "mistaken").exists(), "the id is free for the next try"
 
 
+def test_under_torchrun_rank_0_alone_prints_a_mistake(folder: Path) -> None:
+    _, err = train(folder, TORCHRUN, "run.id=theirs", "optimizer.no_decay=['*nrom*']", code=1)
+    assert err.count("shoestring: optimizer.no_decay: the pattern '*nrom*' matches no parameter") == 1
+    assert not (folder / "runs" / "theirs" / "config.yaml").exists()
+
+
 def test_ctrl_c_saves_what_the_ranks_have(folder: Path) -> None:
     with running(folder, "run.id=stopped") as (process, _):
         process.send_signal(signal.SIGINT)
