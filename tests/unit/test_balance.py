@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from parallel.balance import Floats, carried, pack, permutation, replicas, replicate
+from parallel.balance import Floats, carried, pack, permutation, rearrange, replicas, replicate
 
 
 class Case(NamedTuple):
@@ -241,3 +241,22 @@ def test_too_few_slots_are_an_error() -> None:
 def test_the_examples_of_the_page_print_what_it_shows() -> None:
     result = doctest.testfile(str(Path(__file__).parents[2] / "docs" / "balance.md"), module_relative=False)
     assert result.failed == 0 and result.attempted >= 8
+
+
+def test_rearranging_moves_few_experts_within_their_node_and_never_makes_it_worse() -> None:
+    generator = np.random.default_rng(4)
+    for _ in range(200):
+        ranks, each, nodes = 2 ** generator.integers(1, 4), generator.integers(1, 6), 2 ** generator.integers(0, 2)
+        load = generator.exponential(size=ranks * each) ** 2
+        order = np.arange(len(load))
+        better = rearrange(load, order, ranks, nodes)
+        assert sorted(better) == list(order)
+        assert carried(load, better, ranks).max() <= carried(load, order, ranks).max()
+        size = len(load) // nodes
+        assert all(set(better[n * size :][:size]) == set(order[n * size :][:size]) for n in range(nodes))
+        assert (rearrange(load, better, ranks, nodes) == better).all()
+
+
+def test_rearranging_a_worked_example() -> None:
+    # 7 + 5 against 2 + 2: the 7 and a 2 change places, 7 against 9, and no exchange helps after that.
+    assert rearrange([7, 5, 2, 2], [0, 1, 2, 3], 2).tolist() == [2, 1, 0, 3]
