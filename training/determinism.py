@@ -6,6 +6,7 @@ hand out their own count, so the program sets it, from ``run.threads``, and reco
 """
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -59,3 +60,14 @@ def measure_peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: of the device's memory or, on a CPU, of the machine's."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info()[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -78,9 +78,10 @@ def measure_bigram(setup: Setup) -> float:
 
 def write_sample(setup: Setup, folder: Path) -> str:
     """Lets the model continue ``run.sample.prompt``; "" where there is no whole model to ask. On rank 0 alone."""
-    model = find_whole(setup.model, setup.shards, folder / "weights")
-    if model is None:
-        print("no sample: the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")
+    try:
+        model = find_whole(setup.model, setup.shards, folder / "weights")
+    except ValueError as reason:
+        print(f"no sample: {reason}")
         return ""
     sampling = setup.config.run.sample
     # The cache grows with every token: compiled segments would be compiled anew for each.

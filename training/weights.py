@@ -11,7 +11,7 @@ from model.transformer import Transformer
 from parallel.build import allocate_sharded, build_sharded
 from parallel.mesh import Mesh
 from parallel.placement import Shard
-from training.determinism import DTYPES
+from training.determinism import DTYPES, measure_free_memory
 from training.gather import gather_whole
 from training.save import load, write
 
@@ -58,13 +58,19 @@ def save_weights(model: Transformer, shards: Mapping[str, Shard], mesh: Mesh, fo
             pass
 
 
-def find_whole(model: Transformer, shards: Mapping[str, Shard], saved: Path) -> Transformer | None:
-    """A plain model with the same weights: ``model`` where it is whole, else from what is ``saved``, if anything is."""
+def find_whole(model: Transformer, shards: Mapping[str, Shard], saved: Path) -> Transformer:
+    """A plain model with the same weights: ``model`` where it is whole, else one that is loaded from what is ``saved``.
+
+    Raises ValueError where nothing is saved, and where the whole does not fit into memory.
+    """
     if is_whole(shards):
         return model
     if not saved.exists():
-        return None
+        raise ValueError("the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")
     weight = next(model.parameters())
+    size, free = count_parameters(shards) * weight.itemsize, measure_free_memory(weight.device)
+    if size > free:
+        raise ValueError(f"the whole model takes {size / 1e9:.1f} GB, and rank 0 has {free / 1e9:.1f} GB free")
     whole = allocate(model.config, weight.dtype, weight.device)
     load(whole, saved)
     return whole

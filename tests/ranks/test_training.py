@@ -13,17 +13,22 @@ from safetensors.torch import load_file
 from small_models import make_config
 from small_runs import make_run, write_text
 from spawn import run_ranks
+from torch import Tensor
 
 from configs.schema import TrainConfig
+from model.huggingface import export
 from parallel.mesh import Mesh
 from parallel.topology import Topology
+from training import weights
 from training.config import Precision, RampConfig
 from training.finish import Ending, Summary
 from training.interrupt import Interrupt
 from training.loop import train_on
 from training.metrics import read
+from training.save import open_saved
 from training.setup import set_up
 from training.step import run_step
+from training.weights import build_model
 
 ALONE = Topology()
 
@@ -83,10 +88,10 @@ def test_equals_one_process(text: Path, reference: Path, tmp_path: Path, topolog
         [row["loss"] for row in read(path / "metrics.jsonl", "eval")] for path in (folder, reference)
     )
     assert len(evaluations) == 2 and evaluations == pytest.approx(expected, rel=1e-11)
-    weights, wanted = (load_file(path / "weights" / "00001.safetensors") for path in (folder, reference))
-    assert weights.keys() == wanted.keys()
+    saved, wanted = (load_file(path / "weights" / "00001.safetensors") for path in (folder, reference))
+    assert saved.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert (weights[name] - tensor).abs().max() <= 1e-9 * tensor.abs().max().clamp(1e-9), name
+        assert (saved[name] - tensor).abs().max() <= 1e-9 * tensor.abs().max().clamp(1e-9), name
     check_endings(folder, reference, ranks)
 
 
@@ -111,6 +116,36 @@ def test_without_saved_weights_a_spread_model_has_no_sample(text: Path, tmp_path
     topology = Topology(dp=2, ep=2)
     (_, shown), _ = run_ranks(train_rank, 2, topology, config, str(tmp_path))
     assert "no sample" in shown and sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def fail_to_fit(rank: int, world: int, config: TrainConfig, folder: str) -> str:
+    weights.measure_free_memory = lambda device: 10**4
+    return train_rank(rank, world, Topology(dp=2, ep=2), config, folder)[1]
+
+
+def test_a_model_too_large_for_a_rank_has_no_sample(text: Path, tmp_path: Path) -> None:
+    shown, _ = run_ranks(fail_to_fit, 2, make(text, 2, steps=1, ramp=RampConfig(), eval_every=0), str(tmp_path))
+    assert "no sample: the whole model takes 0.0 GB" in shown
+    assert (tmp_path / "weights").exists() and not (tmp_path / "sample.txt").exists()
+
+
+def read_weights(rank: int, world: int, topology: Topology, config: TrainConfig) -> dict[str, tuple[Any, Tensor]]:
+    """What a rank holds of the published weights that it starts from."""
+    model, shards = build_model(config, Mesh(topology, torch.device("cpu")))
+    return {name: (shards[name].slices, parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def test_starts_from_published_weights(text: Path, reference: Path, tmp_path: Path) -> None:
+    config = make(text, 2)
+    export(open_saved(reference / "weights"), config.model, tmp_path / "published", 10**9, 256)
+    config.init_from = str(tmp_path / "published")
+    wanted = load_file(reference / "weights" / "00001.safetensors")
+    for part in run_ranks(read_weights, 4, Topology(dp=2, tp=2, ep=4), config):
+        names = [name for name in part if not name.startswith("mtp")]
+        assert len(names) > 20
+        for name in names:
+            slices, tensor = part[name]
+            assert torch.equal(tensor.float(), wanted[name][slices].float()), name
 
 
 def stop_rank(rank: int, world: int, config: TrainConfig, folder: str) -> Ending:
