@@ -1,0 +1,66 @@
+"""The engines by name (``parallel.engine``), and in which dtype each wants the parameters that it takes over."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from parallel.config import EngineName
+from parallel.mesh import Mesh
+from parallel.placement import Shard
+from training.config import OptimizerConfig
+from training.engine import STAGE, Engine
+
+Shards = Mapping[str, Shard]
+Maker = Callable[[nn.Module, Shards, Mesh, OptimizerConfig, torch.dtype], Engine]
+
+
+def choose_dtype(name: EngineName, compute: torch.dtype) -> torch.dtype:
+    """The dtype to build a model in that computes in ``compute``: fully_shard casts from masters as it gathers."""
+    return torch.promote_types(compute, torch.float32) if name is EngineName.fsdp2 else compute
+
+
+def build_engine(
+    name: EngineName, module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, compute: torch.dtype
+) -> Engine:
+    """The engine ``name`` over ``module``, whose parameters have ``choose_dtype``. Collective over all ranks.
+
+    Raises ValueError for a pattern of ``optimizer.no_decay`` that matches no parameter.
+    """
+    return MAKERS[name](module, shards, mesh, config, compute)
+
+
+# Each engine's library is loaded with the first engine of its kind.
+
+
+def _make_native(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
+    from training.native import Native
+
+    return Native({STAGE: module}, shards, mesh, config)
+
+
+def _make_fsdp2(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, compute: torch.dtype) -> Engine:
+    from training.fsdp2 import Fsdp2, shard_stage
+
+    shard_stage(module, mesh, compute)
+    return Fsdp2({STAGE: module}, shards, mesh, config)
+
+
+def _make_zero1(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
+    from training.zero import DeepSpeed
+
+    return DeepSpeed({STAGE: module}, shards, mesh, config, zero=1)
+
+
+def _make_zero2(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
+    from training.zero import DeepSpeed
+
+    return DeepSpeed({STAGE: module}, shards, mesh, config, zero=2)
+
+
+MAKERS: dict[EngineName, Maker] = {
+    EngineName.native: _make_native,
+    EngineName.fsdp2: _make_fsdp2,
+    EngineName.zero1: _make_zero1,
+    EngineName.zero2: _make_zero2,
+}
