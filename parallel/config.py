@@ -7,7 +7,10 @@ from enum import StrEnum
 class EngineName(StrEnum):
     """Who sums gradients over ranks and owns the optimizer's state."""
 
-    native = "native"
+    native = "native"  # ZeRO-1 of our own
+    fsdp2 = "fsdp2"  # torch's fully_shard: weights are sharded too (ZeRO-3)
+    zero1 = "zero1"  # DeepSpeed's ZeRO-1
+    zero2 = "zero2"  # DeepSpeed's ZeRO-2: gradients are sharded too
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,12 +23,20 @@ class ParallelConfig:
     tp: int = 1  # tensor: a layer over ranks
     ep: int = 1  # expert: routed experts over dp * cp * tp ranks
     engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
+    rebalance_every: int = 0  # steps between moves of experts to even out ranks' loads; 0: experts stay
 
     def __post_init__(self) -> None:
         for axis in ("pp", "dp", "cp", "tp", "ep"):
             degree = getattr(self, axis)
             if degree is not None and degree < 1:
                 raise ValueError(f"parallel.{axis}={degree} must be at least 1")
+        if self.rebalance_every < 0:
+            raise ValueError(f"parallel.rebalance_every={self.rebalance_every} must not be negative")
+        if self.rebalance_every and self.engine is not EngineName.native:
+            raise ValueError(
+                f"parallel.rebalance_every={self.rebalance_every} needs parallel.engine=native: {self.engine} does not "
+                "move experts"
+            )
         if self.pp > 1:
             raise ValueError(f"parallel.pp={self.pp} must be 1: there are no pipelines yet")
         if self.cp > 1:
