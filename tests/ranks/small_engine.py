@@ -108,6 +108,11 @@ def take_steps(rank: int, world: int, toy: Toy) -> Taken:
         contribute(toy, mesh, module, shards, step)
         engine.finished(0)
         updates.append(engine.step(1e-2 * (1 + step)))
+    return take(module, shards, engine, updates)
+
+
+def take(module: Parameters, shards: dict[str, Shard], engine: Native, updates: list[Update]) -> Taken:
+    """A copy of what there is now."""
     parts = {name: (shards[name], p.detach().clone()) for name, p in module.named_parameters()}
     state = engine.state()
     chunks = [chunk._replace(tensor=chunk.tensor.clone()) for chunk in state.chunks]

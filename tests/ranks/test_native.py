@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_engine import FAULTS, Taken, Toy, contribute, join, join_state, make, take_steps
+from small_engine import FAULTS, Taken, Toy, contribute, join, join_state, make, take, take_steps
 from small_models import make_config
 from spawn import run_ranks
 from torch import Tensor
@@ -140,20 +140,20 @@ def test_not_finite_on_one_rank_skips_the_step_on_all(rank: int) -> None:
     assert distance(join(ranks), join([quiet])) <= 1e-12
 
 
-def go_on(rank: int, world: int, toy: Toy, chunks: list[Any], count: int) -> Taken:
-    """Loads a state, sets the weights from it, and takes the last step."""
+def go_on(rank: int, world: int, toy: Toy, chunks: list[Any], count: int) -> tuple[Taken, Taken]:
+    """Loads a state and takes the last step: what there is after each."""
     from training.engine import State
 
     mesh = Mesh(toy.topology, torch.device("cpu"))
     module, shards, engine = make(toy, mesh)
+    for parameter in module.parameters():
+        parameter.detach().fill_(float("nan"))  # to be set from the state
     engine.load(State(count, chunks))
+    loaded = take(module, shards, engine, [])
     engine.begin()
     contribute(toy, mesh, module, shards, toy.steps - 1)
     engine.finished(0)
-    updates = [engine.step(1e-2 * toy.steps)]
-    parts = {name: (shards[name], p.detach().clone()) for name, p in module.named_parameters()}
-    chunks = [chunk._replace(tensor=chunk.tensor.clone()) for chunk in engine.state().chunks]
-    return Taken(updates, parts, chunks, engine.state().steps)
+    return loaded, take(module, shards, engine, [engine.step(1e-2 * toy.steps)])
 
 
 @pytest.mark.parametrize("later", ["dp4", "dp4 ep2", "dp2 tp2 ep2"])
@@ -163,16 +163,15 @@ def test_state_goes_on_in_the_same_layout_and_in_another(later: str, dtype: torc
     stopped = run(replace(straight, steps=2))
     chunks = [chunk for taken in stopped for chunk in taken.chunks]
     toy = replace(straight, topology=LAYOUTS[later], holders=LAYOUTS[later])
-    ranks = run_ranks(go_on, 4, toy, chunks, 2)
+    loaded, ranks = zip(*run_ranks(go_on, 4, toy, chunks, 2), strict=True)
+    for joined in (join, join_state):
+        assert all(torch.equal(tensor, joined(loaded)[name]) for name, tensor in joined(stopped).items())
+    assert all(taken.count == 2 for taken in loaded) and all(taken.count == 3 for taken in ranks)
+    # Other layouts contribute other shares to the last step.
     if later == "dp4 ep2":
         expected = run(straight)
         assert [taken.updates[-1] for taken in expected] == [taken.updates[0] for taken in ranks]
         assert all(torch.equal(tensor, join(ranks)[name]) for name, tensor in join(expected).items())
-    else:
-        # Other layouts contribute other shares to the last step; what was loaded shows in the steps counted.
-        assert all(taken.count == 3 for taken in ranks)
-        join(ranks)
-        join_state(ranks)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
