@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from configs.schema import TrainConfig
 from model.count import flops_per_token
+from parallel.config import EngineName
 from training.config import Compile
 
 
@@ -34,6 +35,11 @@ def decide_compile(config: TrainConfig, device_type: str) -> tuple[bool, str]:
     """
     if config.run.compile is Compile.off:
         return False, "eager: run.compile=off"
+    engine = config.parallel.engine
+    if engine is not EngineName.native:
+        if config.run.compile is Compile.on:
+            raise ValueError(f"run.compile=on needs parallel.engine=native; {engine} takes modules over as they are")
+        return False, f"eager: parallel.engine={engine}"
     missing = _find_missing(device_type)
     if config.run.compile is Compile.on:
         if missing:

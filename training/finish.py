@@ -79,7 +79,7 @@ def measure_bigram(setup: Setup) -> float:
 def write_sample(setup: Setup, folder: Path) -> str:
     """Lets the model continue ``run.sample.prompt``; "" where there is no whole model to ask. On rank 0 alone."""
     try:
-        model = find_whole(setup.model, setup.shards, folder / "weights")
+        model = find_whole(setup.model, setup.shards, setup.dtype, folder / "weights")
     except ValueError as reason:
         print(f"no sample: {reason}")
         return ""

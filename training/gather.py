@@ -2,8 +2,10 @@
 
     rank 0 holds it whole     nothing travels
     split over tp or ep       the ranks of rank 0's group send their parts; others look on
+    sharded by the engine     its holders put their part together first
 
-At any time a rank holds one tensor besides its model.
+Experts come in the order of their numbers, whatever slots they are in. At any time a rank holds one tensor besides its
+model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +13,10 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from model.block import Block
+from parallel.exchange import ExpertExchange
 from parallel.mesh import Mesh, Traffic
 from parallel.placement import Shard, cut
 from parallel.topology import Axis
@@ -20,17 +25,31 @@ CHANNELS = {Axis.tp: Traffic.tensor, Axis.ep: Traffic.tokens}
 
 
 @torch.no_grad()
-def gather_whole(model: nn.Module, shards: Mapping[str, Shard], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name: on rank 0 a copy in host memory, elsewhere empty. Collective over all ranks.
+def gather_whole(
+    model: nn.Module, shards: Mapping[str, Shard], dtypes: Mapping[str, torch.dtype], mesh: Mesh
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by name, in its dtype of ``dtypes``: on rank 0 a copy in host memory, elsewhere empty.
 
-    A buffer is whole on every rank.
+    A buffer is whole on every rank. Collective over all ranks.
     """
+    places = find_places(model)
     for name, tensor in name_tensors(model).items():
-        shard = shards.get(name)
+        shard, part = shards.get(name), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if shard is not None and shard.shape != shard.global_shape:
-            yield name, _collect(tensor, shard, mesh)
+            whole = _collect(part.to(dtypes[name]), shard, mesh)
+            slots = places.get(name.partition(".routed.")[0])
+            yield name, whole if slots is None or mesh.rank != 0 else whole.index_select(0, slots)
         else:
-            yield name, tensor.to("cpu", copy=True) if mesh.rank == 0 else tensor.new_empty(0)
+            yield name, part.to("cpu", dtypes[name], copy=True) if mesh.rank == 0 else part.new_empty(0)
+
+
+def find_places(model: nn.Module) -> dict[str, Tensor]:
+    """For every segment of experts that are spread over ranks, by name: the slot [E] of each expert, in host memory."""
+    return {
+        f"{name}.experts": block.exchange.places.cpu()
+        for name, block in model.named_modules()
+        if isinstance(block, Block) and isinstance(block.exchange, ExpertExchange)
+    }
 
 
 def name_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) 
         with open_view(gauge, shown=first) as view, Interrupt(view.note) as interrupt:
             outcome = run_steps(setup, record, view, lambda: interrupt.asked)
             if config.checkpoint.save:
-                save_weights(setup.model, setup.shards, mesh, folder / "weights")
+                save_weights(setup.model, setup.shards, setup.dtype, mesh, folder / "weights")
                 view.note(f"weights saved in {folder / 'weights'}")
         return finish(setup, record, outcome, gauge, folder)
 

@@ -35,6 +35,7 @@ class StepRow:
     violation_worst: float  # max / mean - 1 of the tokens an expert gets, in the worst layer
     violation_mean: float  # and averaged over layers
     dead_experts: int  # experts, of all layers together, that got no token
+    moved_experts: int  # experts, of all layers together, that changed ranks after the step
     skipped: bool  # loss or gradient were not finite: the weights have not moved
     peak_memory: int  # bytes
 

@@ -3,13 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from configs.schema import TrainConfig
 from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Shard
-from training.engine import STAGE, Engine
+from training.determinism import DTYPES
+from training.engine import Engine
+from training.engines import build_engine
 from training.machine import Machine, prepare_machine
-from training.native import Native
+from training.placer import Placer
 from training.ramp import BatchSchedule, schedule_batches
 from training.text import Text, open_shared_text
 from training.weights import build_model, count_parameters
@@ -27,6 +31,12 @@ class Setup:
     model: Transformer  # this rank's part
     shards: Mapping[str, Shard]  # which part of the whole each parameter is
     engine: Engine  # owns the parameters
+    placer: Placer  # moves experts between ranks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in, and its weights are saved in."""
+        return DTYPES[self.config.precision]
 
     def facts(self) -> dict[str, object]:
         """What the record opens with."""
@@ -46,11 +56,12 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
     machine = prepare_machine(config, mesh)
     text = open_shared_text(config, report, mesh)
     model, shards = build_model(config, mesh)
-    engine = Native({STAGE: model}, shards, mesh, config.optimizer)
+    engine = build_engine(config.parallel.engine, model, shards, mesh, config.optimizer, DTYPES[config.precision])
     if machine.compiled:
         from model.compile import compile_segments
 
         compile_segments(model)
     report(f"{config.model.name} in {config.precision} on {machine.describe()}")
     schedule = schedule_batches(config.run, config.data.sequence_length)
-    return Setup(config, mesh, machine, text, schedule, model, shards, engine)
+    placer = Placer(model, shards, engine, mesh, config.parallel.rebalance_every)
+    return Setup(config, mesh, machine, text, schedule, model, shards, engine, placer)

@@ -40,7 +40,7 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
     update = setup.engine.step(lr, finite=all(map(math.isfinite, losses)))
     if update.applied:
         setup.model.update_biases(totals.load, config.model.moe.bias_speed)
-    balance = measure_balance(totals.load)
+    balance, moved = measure_balance(totals.load), setup.placer.take(totals.load)
     tokens = setup.schedule.size(step) * config.data.sequence_length
     seconds = monotonic() - started
     return StepRow(
@@ -58,6 +58,7 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
         violation_worst=balance.worst_violation(),
         violation_mean=balance.max_violation.mean().item() if len(balance.max_violation) else 0.0,
         dead_experts=balance.dead_experts(),
+        moved_experts=moved,
         skipped=not update.applied,
         peak_memory=measure_peak_memory(mesh.device),
     )

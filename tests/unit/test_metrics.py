@@ -30,6 +30,7 @@ def row(step: int = 0, **changes: Any) -> StepRow:
         "violation_worst": 0.5,
         "violation_mean": 0.25,
         "dead_experts": 0,
+        "moved_experts": 0,
         "skipped": False,
         "peak_memory": 1 << 20,
     }

@@ -1,0 +1,64 @@
+"""Experts change ranks as their measured loads ask for: every ``parallel.rebalance_every`` steps, between two steps.
+
+    load of the steps since --> parallel/balance.py: the few exchanges that even ranks out --> training/move.py
+
+A router that limits a token to a few groups of experts does so to limit the nodes it visits: then no expert leaves the
+node that it started on. Numbers do not change, only where they are computed.
+"""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from model.transformer import Transformer
+from parallel.balance import rearrange
+from parallel.mesh import Mesh
+from parallel.placement import Shard
+from parallel.topology import Axis
+from training.engine import Engine
+from training.move import find_routed, move_experts
+
+
+class Placer:
+    """Loads since the last move, and the next one."""
+
+    def __init__(self, model: Transformer, shards: Mapping[str, Shard], engine: Engine, mesh: Mesh, every: int) -> None:
+        """Moves every ``every`` steps, 0: never. All ranks move alike, for all have seen the same loads."""
+        # What every launcher of torch says of a machine; without one, one machine has all ranks.
+        self._local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.topology.world))
+        self._model, self._shards, self._engine, self._mesh = model, shards, engine, mesh
+        self._every, self._steps = every if mesh.degree(Axis.ep) > 1 else 0, 0
+        self._load: Tensor | None = None
+
+    def take(self, load: Tensor) -> int:
+        """``load`` [L, E] of a step that is done, over the whole global batch -> how many experts changed ranks.
+
+        Collective over all ranks.
+        """
+        if not self._every:
+            return 0
+        self._load = load.clone() if self._load is None else self._load + load
+        self._steps += 1
+        if self._steps % self._every:
+            return 0
+        orders, moved = self._plan(self._load)
+        self._load = None
+        if orders:
+            move_experts(self._model, self._shards, self._engine, orders, self._mesh)
+        return moved
+
+    def _plan(self, load: Tensor) -> tuple[dict[str, Tensor], int]:
+        """Orders of the blocks whose experts move, and how many change ranks."""
+        moe, ranks = self._model.config.moe, self._mesh.degree(Axis.ep)
+        nodes = max(1, ranks // self._local) if moe.groups > moe.top_groups else 1
+        orders, moved = {}, 0
+        for (name, _, exchange), counts in zip(find_routed(self._model), load, strict=True):
+            now = exchange.places.argsort()  # the expert in each slot
+            then = torch.from_numpy(rearrange(counts.cpu().numpy(), now.cpu().numpy(), ranks, nodes)).to(now.device)
+            ranks_now, ranks_then = (order.argsort() // (len(order) // ranks) for order in (now, then))
+            changed = int((ranks_now != ranks_then).sum())
+            if changed:
+                orders[name], moved = then, moved + changed
+        return orders, moved
