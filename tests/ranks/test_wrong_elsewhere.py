@@ -19,11 +19,13 @@ from model import block, router
 from model.batch import Batch, Denominators, Losses
 from model.config import MoEConfig, Recompute
 from model.transformer import Transformer
+from parallel.config import EngineName
 from parallel.mesh import Mesh
 from parallel.placement import Placement, Shard
 from parallel.topology import Axis, Topology
 from training import microbatches
 from training.config import OptimizerConfig
+from training.engine import Engine
 from training.native import Native
 from training.optimizer import sum_squares
 from training.proof import sharded
@@ -96,11 +98,15 @@ def test_router_gradient_under_expert_parallelism() -> None:
 def forget_tp_for_routers(patch: Patch, mesh: Mesh) -> None:
     """Each tp rank updates the routers by the gradient of its own shard of the sequence."""
 
-    def make(stages: Mapping[int, nn.Module], shards: Mapping[str, Shard], *args: Any) -> Native:
-        own = Placement(Axis.tp, 0)
-        return Native(stages, {n: s._replace(placement=own) if "router" in n else s for n, s in shards.items()}, *args)
+    build = sharded.build_engine
 
-    patch.setattr(sharded, "Native", make)
+    def build_wrong(name: EngineName, model: nn.Module, shards: Mapping[str, Shard], *args: Any) -> Engine:
+        own = Placement(Axis.tp, 0)
+        return build(
+            name, model, {n: s._replace(placement=own) if "router" in n else s for n, s in shards.items()}, *args
+        )
+
+    patch.setattr(sharded, "build_engine", build_wrong)
 
 
 def test_router_weights_do_not_drift_apart_over_tensor_ranks() -> None:

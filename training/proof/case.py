@@ -17,6 +17,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.config import ModelConfig
 from model.transformer import Transformer
+from parallel.config import EngineName
 from parallel.mesh import Mesh
 from parallel.topology import Axis, Topology
 from training.config import OptimizerConfig
@@ -30,7 +31,7 @@ class Case:
     topology: Topology
     model: ModelConfig
     optimizer: OptimizerConfig
-    engine: str = "native"
+    engine: EngineName = EngineName.native
     micro_batch: int = 1  # sequences a rank reads at once
     accumulation: int = 2  # micro-batches a step
     length: int = 8  # S

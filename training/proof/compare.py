@@ -12,7 +12,7 @@ from parallel.mesh import Mesh
 from parallel.placement import Shard, span
 from parallel.topology import Axis
 from training.proof.case import Case, place_sequences
-from training.proof.parts import Parts, reduce_parts
+from training.proof.parts import Parts, locate, reduce_parts
 from training.proof.report import Difference
 from training.proof.trace import Step, Trace
 
@@ -82,8 +82,7 @@ def compare_moments(
         yield compare_part(
             Difference("engine's gradients", 0.0, name), chunk.tensor / kept, plain.gradients[name], region, floor
         )
-        corner = shards[name].offset
-        owners[name][tuple(slice(r.start - o, r.stop - o) for r, o in zip(region, corner, strict=True))] += 1
+        owners[name][locate(chunk, shards[name])] += 1
     for name, count in reduce_parts(owners, shards, mesh, dist.ReduceOp.SUM).items():
         yield Difference("owners", float((count - 1).abs().sum()), name)
 

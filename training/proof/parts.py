@@ -1,14 +1,16 @@
 """Tensors by name, of which every rank holds its part: reduced over the ranks that hold the same part."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.build import Region
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from parallel.traffic import Traffic
+from training.chunk import Chunk
 
 Parts = Mapping[str, Tensor]
 
@@ -25,3 +27,20 @@ def reduce_parts(
         split = joined.split([parts[name].numel() for name in names])
         reduced |= {name: part.view_as(parts[name]) for name, part in zip(names, split, strict=True)}
     return {name: reduced[name] for name in parts}
+
+
+def join_chunks(chunks: Iterable[Chunk], shards: Mapping[str, Shard], mesh: Mesh) -> dict[str, Tensor]:
+    """Each rank's part of every tensor, from what the ranks that hold it keep of it. Names lose what is before "/"."""
+    parts = {name: torch.zeros(shard.shape, dtype=torch.float64) for name, shard in shards.items()}
+    for chunk in chunks:
+        name = chunk.name.partition("/")[2]
+        parts[name][locate(chunk, shards[name])] += chunk.tensor
+    return reduce_parts(parts, shards, mesh, dist.ReduceOp.SUM)
+
+
+def locate(chunk: Chunk, shard: Shard) -> Region:
+    """Where a chunk lies in a rank's part."""
+    return tuple(
+        slice(at - corner, at - corner + size)
+        for at, corner, size in zip(chunk.offset, shard.offset, chunk.tensor.shape, strict=True)
+    )

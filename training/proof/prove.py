@@ -26,4 +26,4 @@ def prove(case: Case, mesh: Mesh, reference: Reference | None = None) -> Report:
     found = list(compare(case, mesh, reference.trace, trace, shards))
     everyone: list[list[Difference]] = [[] for _ in range(mesh.topology.world)]
     dist.all_gather_object(everyone, found, group=mesh.group(Axis.world, Traffic.control))
-    return Report(tuple(summarise([difference for rank in everyone for difference in rank], case.engine)))
+    return Report(tuple(summarise([difference for rank in everyone for difference in rank])))

@@ -28,10 +28,6 @@ LIMITS = {
     "clip factor": 1e-10,
     "weights": 1e-9,
 }
-CASTS = {
-    "deepspeed": 1e-5
-}  # engines that cast gradients or weights to float32 by themselves, and what they are held to
-CAST = ("loss", "cross entropy", "auxiliary loss", "gradient norm", "clip factor", "weights")
 
 
 class Difference(NamedTuple):
@@ -66,17 +62,18 @@ class Report(NamedTuple):
         return all(row.passed for row in self.rows)
 
     def __str__(self) -> str:
-        lines = [
-            f"{'passed' if row.passed else 'FAILED':8}{row.what:18}{row.worst:10.1e} of {row.limit:7.0e}   {row.where}"
+        lines = [f"{'':8}{'compared':20}{'difference':>10} {'allowed':>8}   {'where':44}of"]
+        lines += [
+            f"{'passed' if row.passed else 'FAILED':8}{row.what:20}{row.worst:10.1e} {row.limit:8.0e}   "
+            f"{row.where:44}{row.compared}"
             for row in self.rows
         ]
         return "\n".join(lines)
 
 
-def summarise(found: Sequence[Difference], engine: str) -> Iterator[Row]:
+def summarise(found: Sequence[Difference]) -> Iterator[Row]:
     """One row a kind, in the order of ``LIMITS``."""
     for what, limit in LIMITS.items():
         same = [difference for difference in found if difference.what == what]
         worst = max(same, key=lambda difference: difference.size)
-        limit = max(limit, CASTS.get(engine, 0.0)) if what in CAST else limit
         yield Row(what, worst.size, limit, worst.where, len(same))

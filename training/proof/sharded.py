@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from model.transformer import Transformer
 from parallel.build import build_sharded
@@ -9,10 +10,10 @@ from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training import microbatches
 from training.agree import sum_over
-from training.engine import STAGE, Engine
-from training.native import Native
+from training.engine import Engine
+from training.engines import build_engine
 from training.proof.case import Case, list_tensors, place_sequences, share_batch
-from training.proof.parts import Parts, reduce_parts
+from training.proof.parts import Parts, join_chunks, reduce_parts
 from training.proof.trace import Step, Trace, copy_tensors, stack_choices, take_gradient, vary_rate, watch_routers
 
 
@@ -24,13 +25,17 @@ def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, dict[str
         for name, tensor in list_tensors(model).items():
             tensor.copy_(start[name][shards[name].slices] if name in shards else start[name])
     trace = differentiate(case, mesh, model, shards)._replace(initial=initial)
-    engine = Native({STAGE: model}, shards, mesh, case.optimizer)
+    engine = build_engine(case.engine, model, shards, mesh, case.optimizer, torch.float64)
     for step in range(case.steps):
         trace.steps.append(take_step(case, mesh, model, engine, step))
         if step == 0:
             chunks = (chunk for chunk in engine.state().chunks if chunk.name.startswith("m/"))
             trace.moments.extend(chunk._replace(tensor=chunk.tensor.clone()) for chunk in chunks)
-    return trace._replace(final=copy_tensors(model)), shards
+    final = copy_tensors(model)
+    if any(isinstance(tensor, DTensor) for tensor in final.values()):  # the engine shards what the layout left whole
+        masters = [chunk for chunk in engine.state().chunks if chunk.name.startswith("master/")]
+        final |= join_chunks(masters, shards, mesh)
+    return trace._replace(final=final), shards
 
 
 def take_step(case: Case, mesh: Mesh, model: Transformer, engine: Engine, step: int) -> Step:

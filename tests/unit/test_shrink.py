@@ -1,0 +1,68 @@
+"""What a proof keeps of a user's configuration, what it shrinks, and what it says it has not proved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import make_config
+from small_runs import make_run
+
+from parallel.config import EngineName, ParallelConfig
+from parallel.topology import Topology
+from training.proof.shrink import RANKS, lower, shrink, shrink_model
+
+
+def test_keeps_what_layouts_can_get_wrong() -> None:
+    model = make_config(num_layers=9, dense_layers=3, hidden=768, ffn=1003, vocab_size=50257, mtp=2, tied=True)
+    small = shrink_model(model, 4)
+    assert (small.num_layers, small.dense_layers, small.mtp, small.tied) == (2, 1, model.mtp, True)
+    assert small.attention.heads == model.attention.heads
+    for field in ("experts", "top_k", "groups", "top_groups", "shared_experts", "score", "gate_scale", "aux_alpha"):
+        assert getattr(small.moe, field) == getattr(model.moe, field)
+    for field in ("hidden", "ffn", "vocab_size"):
+        assert getattr(small, field) < 24 and getattr(small, field) % 4 == getattr(model, field) % 4
+
+
+@pytest.mark.parametrize("dense", [0, 1, 3])
+def test_keeps_one_layer_of_each_kind(dense: int) -> None:
+    small = shrink_model(make_config(num_layers=3, dense_layers=dense), 2)
+    kinds = {small.is_moe(layer) for layer in range(small.num_layers)}
+    assert kinds == {0: {True}, 1: {False, True}, 3: {False}}[dense]
+
+
+@pytest.mark.parametrize(
+    ("given", "proved", "said"),
+    [
+        ({"dp": 4, "tp": 2, "ep": 4}, {"dp": 4, "tp": 2, "ep": 4}, []),
+        ({"dp": 64, "tp": 2, "ep": 4}, {"dp": 8, "tp": 2, "ep": 4}, ["parallel.dp=64: proved with 8"]),
+        (
+            {"dp": 64, "ep": 64},
+            {"dp": 16, "ep": 16},
+            ["parallel.dp=64: proved with 16", "parallel.ep=64: proved with 16"],
+        ),
+        (
+            {"dp": 64, "ep": 32},
+            {"dp": 16, "ep": 8},
+            ["parallel.dp=64: proved with 16", "parallel.ep=32: proved with 8"],
+        ),
+    ],
+)
+def test_lowers_dp_first_and_says_so(given: dict[str, int], proved: dict[str, int], said: list[str]) -> None:
+    small, unproved = lower(Topology(**given), experts=256)
+    assert small == Topology(**proved) and unproved == said
+    assert small.world <= RANKS and (small.edp > 1) == (Topology(**given).edp > 1)
+
+
+def test_cases_of_a_run(tmp_path: Path) -> None:
+    config = make_run(tmp_path, data={"mask_documents": True}, global_batch=16, micro_batch=4)
+    shrunk = shrink(config, Topology(dp=2, tp=2))
+    spread, crowded = shrunk.cases.values()
+    assert (spread.crowded, crowded.crowded) == (False, True)
+    assert (spread.micro_batch, spread.accumulation, spread.length, spread.documents) == (2, 2, 8, True)
+
+
+def test_engines_that_cast_are_refused(tmp_path: Path) -> None:
+    config: Any = make_run(tmp_path)
+    config.parallel = ParallelConfig(engine=EngineName.zero1)
+    with pytest.raises(ValueError, match=r"parallel\.engine=zero1 must be one of native, fsdp2 to be proved"):
+        shrink(config, Topology())

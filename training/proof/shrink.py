@@ -1,0 +1,106 @@
+"""A user's configuration as a proof of a few seconds: everything that layouts can get wrong is kept, sizes are not.
+
+kept        degrees, engine, heads, experts, groups, top_k, shared experts, router, prediction depth, recomputation,
+            tied embeddings, optimizer, and what is left over when a width is divided among the ranks
+shrunk      layers to one of each kind; hidden sizes, vocabulary, and tokens of a sequence
+lowered     above ``RANKS`` ranks dp first, and ep as far as it then has to be
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from configs.schema import TrainConfig
+from model.config import ModelConfig
+from parallel.config import EngineName
+from parallel.topology import Topology
+from training.config import MomentDtype
+from training.proof.case import Case
+
+RANKS = 16
+PROVED = (EngineName.native, EngineName.fsdp2)
+TOKENS = 8  # of a sequence, at least
+
+
+class Shrunk(NamedTuple):
+    """What is proved, and what is not."""
+
+    cases: dict[str, Case]
+    unproved: list[str]
+
+
+def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
+    """The cases that stand for ``config`` on ``topology``. ValueError for an engine that is not proved this way."""
+    engine = config.parallel.engine
+    if engine not in PROVED:
+        raise ValueError(
+            f"parallel.engine={engine} must be one of {', '.join(PROVED)} to be proved: others cast to float32, where "
+            "rounding hides mistakes"
+        )
+    small, unproved = lower(topology, config.model.moe.experts)
+    micro_batches = config.run.global_batch // (config.run.micro_batch * topology.dp)
+    case = Case(
+        topology=small,
+        model=shrink_model(config.model, small.stage_size),
+        # Float64 has no bfloat16 moments; small buckets, so that there are many.
+        optimizer=replace(config.optimizer, moments=MomentDtype.master, bucket_bytes=4096),
+        engine=engine,
+        micro_batch=min(config.run.micro_batch, 2),
+        accumulation=min(max(micro_batches, 1), 2),
+        length=small.cp * small.tp * max(2, TOKENS // (small.cp * small.tp)),
+        documents=config.data.mask_documents,
+    )
+    cases = {"spread": case}
+    if config.model.moe.experts:
+        cases["crowded: every token goes to the first experts"] = replace(case, crowded=True)
+    return Shrunk(cases, unproved)
+
+
+def shrink_model(model: ModelConfig, ranks: int) -> ModelConfig:
+    """One layer of each kind and small widths, each with the remainder it leaves when divided by ``ranks``."""
+
+    def reduce(size: int, least: int) -> int:
+        return size if size <= least else least + (size - least) % ranks
+
+    a, dense = model.attention, min(model.dense_layers, 1)
+    return replace(
+        model,
+        num_layers=dense + min(model.num_layers - model.dense_layers, 1),
+        dense_layers=dense,
+        hidden=reduce(model.hidden, 12),
+        ffn=reduce(model.ffn, 10),
+        vocab_size=reduce(model.vocab_size, 19),
+        init_std=0.3,
+        attention=replace(
+            a,
+            q_rank=None if a.q_rank is None else reduce(a.q_rank, 7),
+            kv_rank=reduce(a.kv_rank, 5),
+            nope_dim=min(a.nope_dim, 4),
+            rope_dim=min(a.rope_dim, 6),
+            v_dim=min(a.v_dim, 3),
+        ),
+        moe=replace(model.moe, ffn=reduce(model.moe.ffn, 5), pad=min(model.moe.pad, 4))
+        if model.moe.experts
+        else model.moe,
+    )
+
+
+def lower(topology: Topology, experts: int) -> tuple[Topology, list[str]]:
+    """A layout of at most ``RANKS`` ranks like ``topology``, and what of it is not proved, in words.
+
+    Experts that had several holders keep several. Raises ValueError where tp alone is more than ``RANKS``.
+    """
+    if topology.world <= RANKS:
+        return topology, []
+    if topology.tp * topology.cp > RANKS:
+        raise ValueError(f"parallel.tp={topology.tp} must be at most {RANKS} to be proved on one machine")
+    dp = max(d for d in range(1, topology.dp + 1) if topology.dp % d == 0 and d * topology.tp * topology.cp <= RANKS)
+    stage = dp * topology.tp * topology.cp
+    most = stage // 2 if topology.edp > 1 and stage > 1 else stage
+    ep = max(e for e in range(1, most + 1) if topology.ep % e == 0 and stage % e == 0 and (experts % e == 0))
+    small = replace(topology, dp=dp, ep=ep)
+    lowered = [
+        f"parallel.{axis}={getattr(topology, axis)}: proved with {getattr(small, axis)}"
+        for axis in ("dp", "ep")
+        if getattr(topology, axis) != getattr(small, axis)
+    ]
+    return small, lowered
