@@ -13,14 +13,12 @@ from torch import Tensor
 from model.batch import Batch
 from model.config import ModelConfig
 from parallel.build import build_sharded
+from parallel.config import EngineName
 from parallel.mesh import Mesh
 from parallel.topology import Axis, Topology
-from training.chunk import Chunk
 from training.config import OptimizerConfig
 from training.engine import Engine, State, Update
-from training.fsdp2 import Fsdp2, shard_stage
-from training.native import Native
-from training.zero import DeepSpeed
+from training.engines import build_engine, choose_dtype
 
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
@@ -40,7 +38,7 @@ class Found(NamedTuple):
     norms: float
     factors: float
     applied: list[bool]
-    loaded: bool  # a state of the native engine comes out as it went in, and so do the weights
+    loaded: bool  # the native engine's state, given to a new engine, comes out as it went in
     after: float  # of the masters, a step after that
 
 
@@ -51,15 +49,9 @@ def name_layout(layout: Any) -> str | None:
     return f"dp{layout.dp} tp{layout.tp} ep{layout.ep}"
 
 
-def make_engine(kind: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, how: OptimizerConfig) -> Any:
-    model, shards = build_sharded(config, dtype, CPU, 3, mesh)
-    if kind == "fsdp2":
-        model = model.to(torch.promote_types(dtype, torch.float32))
-        shard_stage(model, mesh, dtype)
-        return Fsdp2({0: model}, shards, mesh, how)
-    if kind.startswith("zero"):
-        return DeepSpeed({0: model}, shards, mesh, replace(how, bucket_bytes=SMALL), int(kind[-1]))
-    return Native({0: model}, shards, mesh, how)
+def make_engine(kind: EngineName, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, how: OptimizerConfig) -> Engine:
+    model, shards = build_sharded(config, choose_dtype(kind, dtype), CPU, 3, mesh)
+    return build_engine(kind, model, shards, mesh, replace(how, bucket_bytes=SMALL), dtype)
 
 
 def train(engine: Engine, config: ModelConfig, mesh: Mesh, steps: tuple[str, ...], seed: int = 0) -> list[Update]:
@@ -107,18 +99,19 @@ def differ(one: State, other: State) -> float:
 
 
 def compare(
-    rank: int, world: int, kind: str, topology: Topology, model: str, dtype: torch.dtype, how: OptimizerConfig
+    rank: int, world: int, kind: EngineName, topology: Topology, model: str, dtype: torch.dtype, how: OptimizerConfig
 ) -> Found:
     mesh = Mesh(topology, CPU)
     config = make_config(
         **{"attention": {"heads": 4}, "moe": {"experts": 8, "groups": 4, "shared_experts": 1}, **MODELS[model]}
     )
-    native, engine = (make_engine(name, config, mesh, dtype, how) for name in ("native", kind))
+    native, engine = (make_engine(name, config, mesh, dtype, how) for name in (EngineName.native, kind))
     ours, theirs = (train(each, config, mesh, STEPS) for each in (native, engine))
     finite = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.applied]
     masters = differ(collect(native), collect(engine))
     given = collect(native)
-    engine.load(State(given.steps, [Chunk(*chunk) for chunk in given.chunks]))
+    engine = make_engine(kind, config, mesh, dtype, how)
+    engine.load(given)
     back = collect(engine)
     before, after = assemble(given), assemble(back)
     loaded = back.steps == given.steps and all(torch.equal(before[name], after[name]) for name in before)
@@ -157,7 +150,7 @@ FSDP2 = [
 
 @pytest.mark.parametrize(("topology", "model", "how"), FSDP2, ids=name_layout)
 def test_fsdp2_equals_native(topology: Topology, model: str, how: OptimizerConfig) -> None:
-    check([("fsdp2", topology, model, torch.float64, how)], masters=1e-9, norms=1e-10)
+    check([(EngineName.fsdp2, topology, model, torch.float64, how)], masters=1e-9, norms=1e-10)
 
 
 @pytest.mark.full
@@ -166,15 +159,15 @@ def test_fsdp2_equals_native(topology: Topology, model: str, how: OptimizerConfi
     "topology", [Topology(dp=2, ep=2), Topology(dp=2, tp=2, ep=2), Topology(dp=4, ep=2)], ids=name_layout
 )
 def test_fsdp2_equals_native_on_more_layouts(topology: Topology, model: str) -> None:
-    check([("fsdp2", topology, model, torch.float64, CLIPPED)], masters=1e-9, norms=1e-10)
+    check([(EngineName.fsdp2, topology, model, torch.float64, CLIPPED)], masters=1e-9, norms=1e-10)
 
 
 def test_deepspeed_equals_native() -> None:
     folded = Topology(dp=2, tp=2, ep=4)
     cases = [
-        ("zero1", folded, "one depth more", torch.float32, CLIPPED),
-        ("zero2", folded, "tied, no compression", torch.float32, CLIPPED),
-        ("zero2", Topology(dp=4, ep=2), "one depth more", torch.float32, FREE),
+        (EngineName.zero1, folded, "one depth more", torch.float32, CLIPPED),
+        (EngineName.zero2, folded, "tied, no compression", torch.float32, CLIPPED),
+        (EngineName.zero2, Topology(dp=4, ep=2), "one depth more", torch.float32, FREE),
     ]
     check(cases, masters=1e-5, norms=1e-5)
 
@@ -188,6 +181,6 @@ def test_deepspeed_equals_native() -> None:
     ids=str,
 )
 def test_deepspeed_equals_native_on_more_layouts(topology: Topology, dtype: torch.dtype) -> None:
-    cases = [(kind, topology, model, dtype, CLIPPED) for kind in ("zero1", "zero2") for model in MODELS]
+    cases = [(kind, topology, model, dtype, CLIPPED) for kind in (EngineName.zero1, "zero2") for model in MODELS]
     loose = 10 if dtype == torch.bfloat16 else 1
     check(cases, masters=1e-5 * loose, norms=1e-5 * loose)
