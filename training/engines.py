@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from configs.schema import TrainConfig
 from parallel.config import EngineName
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.config import OptimizerConfig
+from training.determinism import DTYPES
 from training.engine import STAGE, Engine
 
 Shards = Mapping[str, Shard]
@@ -28,6 +30,11 @@ def build_engine(
     Raises ValueError for a pattern of ``optimizer.no_decay`` that matches no parameter.
     """
     return MAKERS[name](module, shards, mesh, config, compute)
+
+
+def hand_over(module: nn.Module, shards: Shards, mesh: Mesh, config: TrainConfig) -> Engine:
+    """``build_engine`` as ``config`` has it."""
+    return build_engine(config.parallel.engine, module, shards, mesh, config.optimizer, DTYPES[config.precision])
 
 
 # Each engine's library is loaded with the first engine of its kind.

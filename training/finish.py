@@ -13,7 +13,7 @@ from training.generate import continue_text, show_controls
 from training.metrics import Record, StepRow
 from training.setup import Setup
 from training.view import Gauge, write_time
-from training.weights import find_whole
+from training.whole import find_whole
 
 
 class Ending(StrEnum):
@@ -79,7 +79,7 @@ def measure_bigram(setup: Setup) -> float:
 def write_sample(setup: Setup, folder: Path) -> str:
     """Lets the model continue ``run.sample.prompt``; "" where there is no whole model to ask. On rank 0 alone."""
     try:
-        model = find_whole(setup.model, setup.shards, setup.dtype, folder / "weights")
+        model = find_whole(setup, folder / "weights")
     except ValueError as reason:
         print(f"no sample: {reason}")
         return ""

@@ -22,7 +22,7 @@ from training.setup import set_up
 from training.sinks import open_record
 from training.steps import run_steps
 from training.view import Gauge, open_view
-from training.weights import save_weights
+from training.whole import save_weights
 
 
 def train(config: TrainConfig, folder: Path, price: float = 0.0) -> Summary:
@@ -47,7 +47,7 @@ def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) 
         with open_view(gauge, shown=first) as view, Interrupt(view.note) as interrupt:
             outcome = run_steps(setup, record, view, lambda: interrupt.asked)
             if config.checkpoint.save:
-                save_weights(setup.model, setup.shards, setup.dtype, mesh, folder / "weights")
+                save_weights(setup, folder / "weights")
                 view.note(f"weights saved in {folder / 'weights'}")
         return finish(setup, record, outcome, gauge, folder)
 

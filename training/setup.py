@@ -1,17 +1,13 @@
 """Everything a run needs, made from its configuration in one place and in one order. Every rank does it alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from configs.schema import TrainConfig
 from model.transformer import Transformer
 from parallel.mesh import Mesh
-from parallel.placement import Shard
-from training.determinism import DTYPES
 from training.engine import Engine
-from training.engines import build_engine
+from training.engines import Shards, hand_over
 from training.machine import Machine, prepare_machine
 from training.placer import Placer
 from training.ramp import BatchSchedule, schedule_batches
@@ -29,14 +25,9 @@ class Setup:
     text: Text
     schedule: BatchSchedule
     model: Transformer  # this rank's part
-    shards: Mapping[str, Shard]  # which part of the whole each parameter is
+    shards: Shards  # which part of the whole each parameter is
     engine: Engine  # owns the parameters
     placer: Placer  # moves experts between ranks
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in, and its weights are saved in."""
-        return DTYPES[self.config.precision]
 
     def facts(self) -> dict[str, object]:
         """What the record opens with."""
@@ -56,7 +47,7 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
     machine = prepare_machine(config, mesh)
     text = open_shared_text(config, report, mesh)
     model, shards = build_model(config, mesh)
-    engine = build_engine(config.parallel.engine, model, shards, mesh, config.optimizer, DTYPES[config.precision])
+    engine = hand_over(model, shards, mesh, config)
     if machine.compiled:
         from model.compile import compile_segments
 

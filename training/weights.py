@@ -1,22 +1,18 @@
-"""A model's weights over ranks: the first ones, and the last ones gathered, saved and loaded into a plain model."""
+"""A model's first weights on every rank: drawn, or read from published ones. The last ones: training/whole.py."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from configs.schema import TrainConfig
-from model.build import allocate, outline
-from model.config import ModelConfig
+from model.build import allocate
 from model.transformer import Transformer
 from parallel.build import allocate_sharded, build_sharded
 from parallel.mesh import Mesh
 from parallel.placement import Shard
-from training.determinism import DTYPES, measure_free_memory
+from training.determinism import DTYPES
 from training.engines import choose_dtype
-from training.gather import gather_whole, name_tensors
-from training.save import load, write
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> tuple[Transformer, dict[str, Shard]]:
@@ -49,39 +45,3 @@ def is_whole(shards: Mapping[str, Shard]) -> bool:
 def count_parameters(shards: Mapping[str, Shard]) -> int:
     """Elements of the whole model."""
     return sum(torch.Size(shard.global_shape).numel() for shard in shards.values())
-
-
-def name_dtypes(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of every parameter and buffer of a plain model in ``dtype``."""
-    return {name: tensor.dtype for name, tensor in name_tensors(outline(config, dtype)).items()}
-
-
-def save_weights(model: Transformer, shards: Mapping[str, Shard], dtype: torch.dtype, mesh: Mesh, folder: Path) -> None:
-    """The weights of the whole model in ``dtype``, in ``folder``, which must not exist.
-
-    Rank 0 writes; collective over all ranks.
-    """
-    tensors = gather_whole(model, shards, name_dtypes(model.config, dtype), mesh)
-    if mesh.rank == 0:
-        write(tensors, folder)
-    else:
-        for _ in tensors:
-            pass
-
-
-def find_whole(model: Transformer, shards: Mapping[str, Shard], dtype: torch.dtype, saved: Path) -> Transformer:
-    """A plain model in ``dtype``: ``model`` where it is one, else one that is loaded from what is ``saved``.
-
-    Raises ValueError where nothing is saved, and where the whole does not fit into memory.
-    """
-    weight = next(model.parameters())
-    if is_whole(shards) and not isinstance(weight, DTensor):
-        return model
-    if not saved.exists():
-        raise ValueError("the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")
-    size, free = count_parameters(shards) * dtype.itemsize, measure_free_memory(weight.device)
-    if size > free:
-        raise ValueError(f"the whole model takes {size / 1e9:.1f} GB, and rank 0 has {free / 1e9:.1f} GB free")
-    whole = allocate(model.config, dtype, weight.device)
-    load(whole, saved)
-    return whole

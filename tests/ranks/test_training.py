@@ -19,7 +19,7 @@ from configs.schema import TrainConfig
 from model.huggingface import export
 from parallel.mesh import Mesh
 from parallel.topology import Topology
-from training import weights
+from training import whole
 from training.config import Precision, RampConfig
 from training.finish import Ending, Summary
 from training.interrupt import Interrupt
@@ -119,7 +119,7 @@ def test_without_saved_weights_a_spread_model_has_no_sample(text: Path, tmp_path
 
 
 def fail_to_fit(rank: int, world: int, config: TrainConfig, folder: str) -> str:
-    weights.measure_free_memory = lambda device: 10**4
+    whole.measure_free_memory = lambda device: 10**4
     return train_rank(rank, world, Topology(dp=2, ep=2), config, folder)[1]
 
 

@@ -1,0 +1,46 @@
+"""The whole model's weights on one rank: gathered and saved at the end of a run, and loaded into a plain model."""
+
+from pathlib import Path
+
+from torch.distributed.tensor import DTensor
+
+from model.build import allocate, outline
+from model.transformer import Transformer
+from training.determinism import DTYPES, measure_free_memory
+from training.gather import gather_whole, name_tensors
+from training.save import load, write
+from training.setup import Setup
+from training.weights import count_parameters, is_whole
+
+
+def save_weights(setup: Setup, folder: Path) -> None:
+    """The weights of the whole model in the dtype it computes in, in ``folder``, which must not exist.
+
+    Rank 0 writes; collective over all ranks.
+    """
+    plain = outline(setup.config.model, DTYPES[setup.config.precision])
+    dtypes = {name: tensor.dtype for name, tensor in name_tensors(plain).items()}
+    tensors = gather_whole(setup.model, setup.shards, dtypes, setup.mesh)
+    if setup.mesh.rank == 0:
+        write(tensors, folder)
+    else:
+        for _ in tensors:
+            pass
+
+
+def find_whole(setup: Setup, saved: Path) -> Transformer:
+    """A plain model with the run's weights: its own where that is one, else one that is loaded from what is ``saved``.
+
+    Raises ValueError where nothing is saved, and where the whole does not fit into memory.
+    """
+    if is_whole(setup.shards) and not isinstance(next(setup.model.parameters()), DTensor):
+        return setup.model
+    if not saved.exists():
+        raise ValueError("the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")
+    dtype, device = DTYPES[setup.config.precision], setup.mesh.device
+    size, free = count_parameters(setup.shards) * dtype.itemsize, measure_free_memory(device)
+    if size > free:
+        raise ValueError(f"the whole model takes {size / 1e9:.1f} GB, and rank 0 has {free / 1e9:.1f} GB free")
+    whole = allocate(setup.config.model, dtype, device)
+    load(whole, saved)
+    return whole
