@@ -98,6 +98,7 @@ def make_case(choice: Choice, seed: int) -> Case:
                 "groups": experts // 2 if grouped else 1,
                 "top_groups": 2 if grouped else 1,
                 "shared_experts": choice["shared"],
+                "ffn": max(5, topology.tp + 1),  # fully_shard takes no empty weights
             },
             mtp=choice["mtp"],
             tied=choice["tied"],

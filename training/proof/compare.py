@@ -66,8 +66,10 @@ def compare_part(named: Difference, ours: Tensor, plain: Tensor, region: Region,
     size = relate(ours, part, max(float(plain.abs().max()), floor) if plain.numel() else 0.0)
     if not 0 < size < math.inf or not part.any():
         return named._replace(size=size)
-    ratio = float((ours * part).sum() / part.square().sum())
-    return named._replace(size=size, where=f"{named.where}, {ratio:.6g} times the plain one")
+    ratio = f"{float((ours * part).sum() / part.square().sum()):.6g}"
+    return named._replace(
+        size=size, where=named.where if ratio == "1" else f"{named.where}, {ratio} times the plain one"
+    )
 
 
 def compare_moments(

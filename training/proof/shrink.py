@@ -59,6 +59,7 @@ def shrink_model(model: ModelConfig, ranks: int) -> ModelConfig:
     """One layer of each kind and small widths, each with the remainder it leaves when divided by ``ranks``."""
 
     def reduce(size: int, least: int) -> int:
+        least = max(least, ranks)  # every rank gets something: fully_shard takes no empty weights
         return size if size <= least else least + (size - least) % ranks
 
     a, dense = model.attention, min(model.dense_layers, 1)
