@@ -15,7 +15,7 @@ one or two units gathered, each c bytes an element to compute with and 4 for its
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Split
 
 from model.block import Block
 from parallel.mesh import Mesh, Traffic
 from parallel.placement import Shard
 from parallel.topology import Axis
-from training.chunk import Chunk, copy_into
+from training.chunk import Chunk, fill
 from training.config import MomentDtype, OptimizerConfig
 from training.engine import State, Update
 from training.optimizer import Part, match, sum_squares, update
+
+UNEVEN = 16  # rows a rank, from which on one row more or less does not matter
 
 
 class Owned(NamedTuple):
@@ -41,7 +44,8 @@ class Owned(NamedTuple):
     name: str
     parameter: nn.Parameter  # a DTensor
     shard: Shard
-    first: int  # the first of its rows in the shard's leading dim
+    dim: int  # along which the shard is cut
+    first: int  # of its indices in that dim
     m: Tensor
     v: Tensor
     decay: float
@@ -57,17 +61,31 @@ def shard_stage(module: nn.Module, mesh: Mesh, compute: torch.dtype) -> None:
     replicas, holders = over(Axis.replicas), over(Axis.edp)
     narrow = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+    def cut(unit: nn.Module, over: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        degree = over.size()
+        fully_shard(unit, mesh=over, mp_policy=policy, shard_placement_fn=lambda p: Split(choose_dim(p.shape, degree)))
+
     for block in [block for block in module.modules() if isinstance(block, Block)]:
         if block.exchange is not None:
-            fully_shard(block.experts.routed, mesh=holders, mp_policy=narrow)
+            cut(block.experts.routed, holders, narrow)
             assert block.attention.router is not None
-            fully_shard(block.attention.router, mesh=replicas, mp_policy=wide)
-        fully_shard(block, mesh=replicas, mp_policy=narrow)
-    fully_shard(module, mesh=replicas, mp_policy=narrow)
+            cut(block.attention.router, replicas, wide)
+        cut(block, replicas, narrow)
+    cut(module, replicas, narrow)
     for unit in module.modules():
         if isinstance(unit, FSDPModule):  # sums, where fully_shard would average
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+
+
+def choose_dim(shape: Sequence[int], degree: int) -> int:
+    """The dim of a parameter to cut in ``degree`` parts: of a fused weight [2, ...], the first dim would leave most
+    ranks with nothing. fully_shard cuts only the first one unevenly.
+    """
+    if shape[0] >= UNEVEN * degree:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if size % degree == 0), 0)
 
 
 class Fsdp2:
@@ -139,9 +157,7 @@ class Fsdp2:
     @torch.no_grad()
     def load(self, state: State) -> None:
         """Takes over what ``state`` gave, which covers at least this rank's part; else raises ValueError."""
-        own = [chunk for o in self._owned for chunk in _chunks(o)]
-        wrong = sorted({c.name for c in own if not copy_into(c, (g for g in state.chunks if g.name == c.name))})
-        if wrong:
+        if wrong := fill([chunk for o in self._owned for chunk in _chunks(o)], state.chunks):
             raise ValueError(f"optimizer state does not fit the model: {', '.join(wrong[:5])}")
         self._steps = state.steps
 
@@ -149,10 +165,12 @@ class Fsdp2:
         local = _local(parameter)
         narrow = self.config.moments is MomentDtype.bf16
         m, v = (torch.zeros_like(local, dtype=torch.bfloat16 if narrow else local.dtype) for _ in range(2))
-        # fully_shard cuts the leading dim into parts of one size, the last ones shorter or empty.
+        # fully_shard cuts into parts of one size, the last ones shorter or empty.
         axis = shard.placement.holders if shard.placement.axis is Axis.ep else Axis.replicas
-        size = -(-shard.shape[0] // self._mesh.degree(axis))
-        return Owned(name, parameter, shard, min(self._mesh.coordinate(axis) * size, shard.shape[0]), m, v, decay)
+        dim = choose_dim(shard.shape, self._mesh.degree(axis))
+        size = -(-shard.shape[dim] // self._mesh.degree(axis))
+        first = min(self._mesh.coordinate(axis) * size, shard.shape[dim])
+        return Owned(name, parameter, shard, dim, first, m, v, decay)
 
     def _measure_norm(self) -> float:
         """Over all ranks, each element once: what tp has whole is on tp ranks, and each counts its share."""
@@ -179,6 +197,6 @@ def _local_grad(owned: Owned) -> Tensor:
 
 def _chunks(owned: Owned) -> Iterator[Chunk]:
     shard = owned.shard
-    offset = (shard.offset[0] + owned.first, *shard.offset[1:])
+    offset = tuple(at + owned.first * (dim == owned.dim) for dim, at in enumerate(shard.offset))
     for part, tensor in (("master", _local(owned.parameter)), ("m", owned.m), ("v", owned.v)):
         yield Chunk(f"{part}/{owned.name}", shard.global_shape, offset, tensor)
