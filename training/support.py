@@ -2,14 +2,20 @@
 
 from importlib.util import find_spec
 
+from model.config import Recompute
 from parallel.config import EngineName
 from training.config import MomentDtype, OptimizerConfig, Precision
 
 DEEPSPEED = (EngineName.zero1, EngineName.zero2)
 
 
-def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig) -> None:
-    """Raises ValueError if ``engine`` cannot train in ``precision`` or run ``optimizer``."""
+def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig, recompute: Recompute) -> None:
+    """Raises ValueError if ``engine`` cannot train in ``precision``, run ``optimizer`` or compute again what it must."""
+    if engine is EngineName.fsdp2 and recompute is Recompute.full:
+        raise ValueError(
+            f"model.recompute={recompute} must be none or selective with parallel.engine={engine}: fully_shard's units "
+            "lie within what would be computed again"
+        )
     if engine not in DEEPSPEED:
         return
     if find_spec("deepspeed") is None:

@@ -18,7 +18,7 @@ FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 LAZY = {"deepspeed", "mpi4py", "transformers", "triton", "wandb", "tensorboard", "pynvml"}
 PURE = {
     "configs", "model.config", "parallel.config", "parallel.rules", "parallel.topology", "training.config",
-    "training.ramp",
+    "training.ramp", "training.support",
 }  # fmt: skip
 # Data and rules about ranks: the standard library, numpy where it pays.
 PLAIN = (

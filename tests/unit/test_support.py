@@ -2,35 +2,45 @@
 
 import pytest
 
+from model.config import Recompute
 from parallel.config import EngineName
 from training.config import MomentDtype, OptimizerConfig, Precision
 from training.support import check
 
 ADAM = OptimizerConfig(lr=1e-3)
+KEEP = Recompute.none
 NARROW = OptimizerConfig(lr=1e-3, moments=MomentDtype.bf16)
 
 
 @pytest.mark.parametrize("engine", EngineName)
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32])
 def test_every_engine_trains(engine: EngineName, precision: Precision) -> None:
-    check(engine, precision, ADAM)
+    check(engine, precision, ADAM, KEEP)
 
 
 @pytest.mark.parametrize("engine", ["native", "fsdp2"])
 def test_ours_and_torch_s_take_all(engine: str) -> None:
-    check(EngineName(engine), Precision.fp64, NARROW)
+    check(EngineName(engine), Precision.fp64, NARROW, KEEP)
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2"])
 def test_deepspeed_refuses(engine: str) -> None:
     with pytest.raises(ValueError, match=rf"^parallel.engine={engine} must be .* precision=fp64: "):
-        check(EngineName(engine), Precision.fp64, ADAM)
+        check(EngineName(engine), Precision.fp64, ADAM, KEEP)
     with pytest.raises(ValueError, match=rf"^optimizer.moments=bf16 must be master with parallel.engine={engine}: "):
-        check(EngineName(engine), Precision.bf16, NARROW)
+        check(EngineName(engine), Precision.bf16, NARROW, KEEP)
 
 
 def test_deepspeed_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.support.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^parallel.engine=zero1 needs DeepSpeed, which is not installed"):
-        check(EngineName.zero1, Precision.bf16, ADAM)
-    check(EngineName.native, Precision.bf16, ADAM)
+        check(EngineName.zero1, Precision.bf16, ADAM, KEEP)
+    check(EngineName.native, Precision.bf16, ADAM, KEEP)
+
+
+def test_fully_shard_refuses_to_compute_its_units_again() -> None:
+    check(EngineName.fsdp2, Precision.bf16, ADAM, Recompute.selective)
+    with pytest.raises(
+        ValueError, match=r"^model.recompute=full must be none or selective with parallel.engine=fsdp2: "
+    ):
+        check(EngineName.fsdp2, Precision.bf16, ADAM, Recompute.full)
