@@ -10,8 +10,9 @@ are summed in the masters' dtype after every backward. Parameters that tp has wh
 step is finished. Weight gradients that are put off never reach fully_shard's hooks: schedules that split the backward
 are for the native engine.
 
-Bytes of a rank for P elements held, Q = P / holders: 4 Q masters + 4 Q gradients + 8 Q moments (4 Q in bfloat16), and
-one or two units gathered, each c bytes an element to compute with and 4 for its gradients.
+Bytes of a rank for P elements held, Q = P / replicas (of experts: / holders): 4 Q masters + 4 Q gradients + 8 Q moments
+(4 Q in bfloat16), and one or two units gathered, each c bytes an element to compute with and 4 for its gradients. What
+tp has whole is cut over replicas only: as Q tells, more of it than native's.
 """
 
 import math
