@@ -174,13 +174,14 @@ def test_deepspeed_equals_native() -> None:
 
 # Two bfloat16 runs differ by a rounding of a weight wherever their masters straddle one.
 @pytest.mark.full
+@pytest.mark.parametrize("kind", [EngineName.zero1, EngineName.zero2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "topology",
     [Topology(dp=2), Topology(tp=2), Topology(dp=2, ep=2), Topology(dp=2, tp=2, ep=2), Topology(dp=3)],
-    ids=str,
+    ids=name_layout,
 )
-def test_deepspeed_equals_native_on_more_layouts(topology: Topology, dtype: torch.dtype) -> None:
+def test_deepspeed_equals_native_on_more_layouts(topology: Topology, dtype: torch.dtype, kind: EngineName) -> None:
     cases = [(kind, topology, model, dtype, CLIPPED) for kind in (EngineName.zero1, "zero2") for model in MODELS]
     loose = 10 if dtype == torch.bfloat16 else 1
     check(cases, masters=1e-5 * loose, norms=1e-5 * loose)
