@@ -182,6 +182,6 @@ def test_deepspeed_equals_native() -> None:
     ids=name_layout,
 )
 def test_deepspeed_equals_native_on_more_layouts(topology: Topology, dtype: torch.dtype, kind: EngineName) -> None:
-    cases = [(kind, topology, model, dtype, CLIPPED) for kind in (EngineName.zero1, "zero2") for model in MODELS]
+    cases = [(kind, topology, model, dtype, CLIPPED) for model in MODELS]
     loose = 10 if dtype == torch.bfloat16 else 1
     check(cases, masters=1e-5 * loose, norms=1e-5 * loose)
