@@ -11,9 +11,9 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.rules import check, check_model
 from parallel.topology import Topology
-from training import support
 from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, RunSection
 from training.ramp import batch_sizes
+from training.support import check as check_engine
 
 BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
 
@@ -36,7 +36,7 @@ class TrainConfig:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, what data.tokenizer=bytes has"
             )
-        support.check(self.parallel.engine, self.precision, self.optimizer, self.model.recompute)
+        check_engine(self.parallel.engine, self.precision, self.optimizer, self.model.recompute)
         p, length = self.parallel, self.data.sequence_length
         if p.dp is None:  # known once the ranks are: checked again at start
             check_model(self.model, length, p)

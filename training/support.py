@@ -10,7 +10,7 @@ DEEPSPEED = (EngineName.zero1, EngineName.zero2)
 
 
 def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig, recompute: Recompute) -> None:
-    """Raises ValueError if ``engine`` cannot train in ``precision``, run ``optimizer`` or compute again what it must."""
+    """Raises ValueError if ``engine`` cannot train in ``precision``, run ``optimizer`` or ``recompute``."""
     if engine is EngineName.fsdp2 and recompute is Recompute.full:
         raise ValueError(
             f"model.recompute={recompute} must be none or selective with parallel.engine={engine}: fully_shard's units "

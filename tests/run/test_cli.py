@@ -40,7 +40,8 @@ def test_help_of_a_verb_lists_every_key(capsys: pytest.CaptureFixture[str]) -> N
     listed = {line.split("=")[0].strip() for line in text if line.startswith("  ") and "=" in line}
     assert set(keys.table(RunConfig)) <= listed
     assert any(
-        re.fullmatch(r"  run.threads=null +an integer or null; per rank; null: an equal share of the cores", line) for line in text
+        re.fullmatch(r"  run.threads=null +an integer or null; per rank; null: an equal share of the cores", line)
+        for line in text
     )
     assert any("run.sinks=[]" in line and "tensorboard, wandb" in line for line in text)
 
