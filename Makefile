@@ -6,14 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editab
 .PHONY: train test test-full check format clean
 
 train: .venv/ready
-	$(BIN)/shoestring train
+	$(BIN)/shoestring train parallel.dp=4 parallel.ep=2
 
 test: .venv/ready-test
 	$(BIN)/pytest tests
 
-# The same, with the wide versions of tests that are marked `full`.
+# What `make test` leaves out: the wide versions of tests, marked `full`.
 test-full: .venv/ready-test
-	$(BIN)/pytest tests -m "not gpu"
+	$(BIN)/pytest tests -m "full and not gpu"
 
 check: .venv/ready-test .venv/ready-check
 	$(BIN)/ruff check .
