@@ -11,9 +11,9 @@ DEEPSPEED = (EngineName.zero1, EngineName.zero2)
 
 def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig, recompute: Recompute) -> None:
     """Raises ValueError if ``engine`` cannot train in ``precision``, run ``optimizer`` or ``recompute``."""
-    if engine is EngineName.fsdp2 and recompute is Recompute.full:
+    if engine is EngineName.fsdp2 and recompute is not Recompute.none:
         raise ValueError(
-            f"model.recompute={recompute} must be none or selective with parallel.engine={engine}: fully_shard's units "
+            f"model.recompute={recompute} must be none with parallel.engine={engine}: fully_shard's units "
             "lie within what would be computed again"
         )
     if engine not in DEEPSPEED:

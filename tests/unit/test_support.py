@@ -39,8 +39,7 @@ def test_deepspeed_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fully_shard_refuses_to_compute_its_units_again() -> None:
-    check(EngineName.fsdp2, Precision.bf16, ADAM, Recompute.selective)
-    with pytest.raises(
-        ValueError, match=r"^model.recompute=full must be none or selective with parallel.engine=fsdp2: "
-    ):
-        check(EngineName.fsdp2, Precision.bf16, ADAM, Recompute.full)
+    for recompute in (Recompute.selective, Recompute.full):
+        rule = rf"^model.recompute={recompute} must be none with parallel.engine=fsdp2: "
+        with pytest.raises(ValueError, match=rule):
+            check(EngineName.fsdp2, Precision.bf16, ADAM, recompute)
