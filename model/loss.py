@@ -7,7 +7,7 @@ softmax - onehot in place and multiplies that both ways, so that peak memory is 
 Shapes: hidden [T, H], weight [V, H], labels and counted [T]. Logits and sums are at least float32.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,28 @@ def split_chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
     """Ranges of tokens with at most ``CHUNK`` logits each."""
     size = max(1, CHUNK // vocab)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+class Targets(NamedTuple):
+    """What the gradient of a token's loss depends on besides its logits."""
+
+    labels: Tensor  # [T] int64, rows of the weight
+    held: Tensor  # [T] bool, whether the label is among these rows at all
+    scale: Tensor  # [T], the gradient of the token's loss
+
+
+def differentiate(hidden: Tensor, weight: Tensor, targets: Targets, normaliser: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of hidden [T, H] and weight [V, H]; ``normaliser`` [T] is the logarithm of the sum of all exps."""
+    g_hidden = torch.empty_like(hidden)
+    g_weight = torch.zeros_like(weight, dtype=widen(weight.dtype))
+    for start, end in split_chunks(len(hidden), len(weight)):
+        labels, held, scale = (part[start:end, None] for part in targets)
+        p = ((hidden[start:end] @ weight.t()).to(normaliser.dtype) - normaliser[start:end, None]).exp()
+        p = p.scatter_add(-1, labels, -held.to(p.dtype))
+        p = (p * scale).to(hidden.dtype)
+        g_hidden[start:end] = p @ weight
+        g_weight += p.t() @ hidden[start:end]
+    return g_hidden, g_weight.to(weight.dtype)
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -45,17 +67,8 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         hidden, weight, labels, counted, normaliser = ctx.saved_tensors
-        g_hidden = torch.empty_like(hidden)
-        g_weight = torch.zeros_like(weight, dtype=widen(weight.dtype))
-        scale = (counted * g)[:, None]
-        for start, end in split_chunks(len(hidden), len(weight)):
-            logits = (hidden[start:end] @ weight.t()).to(normaliser.dtype)
-            p = (logits - normaliser[start:end, None]).exp()
-            p = p.scatter_add(-1, labels[start:end, None], -torch.ones_like(p[:, :1]))
-            p = (p * scale[start:end]).to(hidden.dtype)
-            g_hidden[start:end] = p @ weight
-            g_weight += p.t() @ hidden[start:end]
-        return g_hidden, g_weight.to(weight.dtype), None, None
+        held = torch.ones_like(counted)
+        return *differentiate(hidden, weight, Targets(labels, held, counted * g), normaliser), None, None
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:

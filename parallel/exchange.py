@@ -13,8 +13,9 @@ Shapes: T tokens of this rank, K choices, E experts in all, n ranks, R rows rece
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.block import Block
 from model.exchange import Home, Layout, Permute, lay_out
 from parallel.collectives import all_to_all
 from parallel.mesh import Mesh, Traffic
@@ -85,3 +86,12 @@ class ExpertExchange:
         done = Collect.apply(rows, layout.source, layout.slots[:, 0])
         returned = AllToAll.apply(done, home.received, home.sent, self._tokens)
         return returned, Layout(home.source, home.slots, layout.ends)
+
+
+def find_exchanges(model: nn.Module) -> dict[str, ExpertExchange]:
+    """The exchange of every block whose experts are spread over ranks, by name, in the order of ``Losses.load``."""
+    return {
+        name: block.exchange
+        for name, block in model.named_modules()
+        if isinstance(block, Block) and isinstance(block.exchange, ExpertExchange)
+    }

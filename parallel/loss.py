@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.loss import split_chunks, widen
+from model.loss import Targets, differentiate, split_chunks, widen
 from model.sequence import Sequence
 from parallel.collectives import all_reduce
 
@@ -55,18 +55,8 @@ class VocabularyCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         hidden, weight, labels, counted, normaliser = ctx.saved_tensors
-        g_hidden = torch.empty_like(hidden)
-        g_weight = torch.zeros_like(weight, dtype=widen(weight.dtype))
-        scale = (counted * g)[:, None]
-        for start, end in split_chunks(len(hidden), len(weight)):
-            logits = (hidden[start:end] @ weight.t()).to(normaliser.dtype)
-            p = (logits - normaliser[start:end, None]).exp()
-            mine, local = ctx.part.find(labels[start:end], len(weight))
-            p = p.scatter_add(-1, local[:, None], -mine[:, None].to(p.dtype))
-            p = (p * scale[start:end]).to(hidden.dtype)
-            g_hidden[start:end] = p @ weight
-            g_weight += p.t() @ hidden[start:end]
-        return g_hidden, g_weight.to(weight.dtype), None, None, None
+        held, rows = ctx.part.find(labels, len(weight))
+        return *differentiate(hidden, weight, Targets(rows, held, counted * g), normaliser), None, None, None
 
 
 class VocabularyCrossEntropy:

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from model.block import Block
-from parallel.exchange import ExpertExchange
+from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh, Traffic
 from parallel.placement import Shard, cut
 from parallel.topology import Axis
@@ -32,7 +31,7 @@ def gather_whole(
 
     A buffer is whole on every rank. Collective over all ranks.
     """
-    places = find_places(model)
+    places = {f"{name}.experts": exchange.places.cpu() for name, exchange in find_exchanges(model).items()}
     for name, tensor in name_tensors(model).items():
         shard, part = shards.get(name), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if shard is not None and shard.shape != shard.global_shape:
@@ -41,15 +40,6 @@ def gather_whole(
             yield name, whole if slots is None or mesh.rank != 0 else whole.index_select(0, slots)
         else:
             yield name, part.to("cpu", dtypes[name], copy=True) if mesh.rank == 0 else part.new_empty(0)
-
-
-def find_places(model: nn.Module) -> dict[str, Tensor]:
-    """For every segment of experts that are spread over ranks, by name: the slot [E] of each expert, in host memory."""
-    return {
-        f"{name}.experts": block.exchange.places.cpu()
-        for name, block in model.named_modules()
-        if isinstance(block, Block) and isinstance(block.exchange, ExpertExchange)
-    }
 
 
 def name_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from model.transformer import Transformer
 from parallel.balance import rearrange
+from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from parallel.topology import Axis
 from training.engine import Engine
-from training.move import find_routed, move_experts
+from training.move import move_experts
 
 
 class Placer:
@@ -54,7 +55,7 @@ class Placer:
         moe, ranks = self._model.config.moe, self._mesh.degree(Axis.ep)
         nodes = max(1, ranks // self._local) if moe.groups > moe.top_groups else 1
         orders, moved = {}, 0
-        for (name, _, exchange), counts in zip(find_routed(self._model), load, strict=True):
+        for (name, exchange), counts in zip(find_exchanges(self._model).items(), load, strict=True):
             now = exchange.places.argsort()  # the expert in each slot
             then = torch.from_numpy(rearrange(counts.cpu().numpy(), now.cpu().numpy(), ranks, nodes)).to(now.device)
             ranks_now, ranks_then = (order.argsort() // (len(order) // ranks) for order in (now, then))

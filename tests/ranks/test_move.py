@@ -11,11 +11,12 @@ from torch import Tensor
 
 from model.batch import Batch
 from parallel.build import build_sharded
+from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from parallel.topology import Axis, Topology
 from training.config import MomentDtype, OptimizerConfig
-from training.move import find_routed, move_experts
+from training.move import move_experts
 from training.native import Native
 
 CONFIG = make_config(moe={"experts": 8, "groups": 4}, mtp=1)
@@ -31,7 +32,7 @@ def train(rank: int, world: int, topology: Topology, moves: int, moments: Moment
     generator, updates = torch.Generator().manual_seed(5), []
     for step in range(4):
         if 1 <= step <= moves:
-            orders = {name: torch.randperm(8, generator=generator) for name, _, _ in find_routed(model)}
+            orders = {name: torch.randperm(8, generator=generator) for name in find_exchanges(model)}
             move_experts(model, shards, engine, orders, mesh)
         batch = make_batch(CONFIG, sequences=2 * dp, length=8, seed=step)
         mine = Batch(*(t if t is None else t[2 * place : 2 * place + 2] for t in batch))
@@ -47,7 +48,7 @@ def gather_experts(model: Any, shards: dict[str, Shard], engine: Native, world: 
     """Masters and moments of all experts in the order of experts."""
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, engine.state().chunks)
-    places = {name: exchange.places for name, _, exchange in find_routed(model)}
+    places = {name: exchange.places for name, exchange in find_exchanges(model).items()}
     whole: dict[str, Tensor] = {}
     for chunk in (chunk for chunks in everyone for chunk in chunks if ".routed." in chunk.name):
         tensor = whole.setdefault(chunk.name, torch.full(chunk.global_shape, torch.nan, dtype=torch.float64))
@@ -78,7 +79,7 @@ def check_travel(rank: int, world: int) -> bool:
     model, shards = build_sharded(CONFIG, torch.float64, CPU, 3, mesh)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-2))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    reverse = {name: torch.arange(8).flip(0) for name, _, _ in find_routed(model)}
+    reverse = {name: torch.arange(8).flip(0) for name in find_exchanges(model)}
     move_experts(model, shards, engine, reverse, mesh)
     changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
     assert changed == [name for name in before if ".routed." in name]
