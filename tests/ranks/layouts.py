@@ -32,9 +32,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "documents": (True, False),
     "clip": (0.3, 0.0),
 }
-# The hooks of fully_shard's units inside a segment do not repeat what they did when it is computed again: a case of
-# this engine computes nothing again, see ``make_case``.
-REFUSED = {("engine", EngineName.fsdp2), ("recompute", Recompute.full)}
 CANDIDATES = 50
 Choice = dict[str, Any]
 
@@ -62,7 +59,8 @@ def split(world: int) -> Iterator[Topology]:
 def draw_choice(generator: random.Random, topologies: list[Topology]) -> Choice:
     """One of everything, but nothing that is refused."""
     choice = {name: generator.choice(values) for name, values in {"topology": topologies, **CHOICES}.items()}
-    return draw_choice(generator, topologies) if set(choice.items()) >= REFUSED else choice
+    refused = choice["engine"] is EngineName.fsdp2 and choice["recompute"] is not Recompute.none
+    return draw_choice(generator, topologies) if refused else choice
 
 
 def pairs(choice: Choice) -> set[Any]:
@@ -103,7 +101,7 @@ def make_case(choice: Choice, seed: int) -> Case:
             },
             mtp=choice["mtp"],
             tied=choice["tied"],
-            recompute=Recompute.none if choice["engine"] is EngineName.fsdp2 else choice["recompute"],
+            recompute=choice["recompute"],
         ),
         optimizer=OptimizerConfig(lr=1e-3, clip=choice["clip"]),
         engine=choice["engine"],
