@@ -3,14 +3,14 @@
     F   forward            needs the stage before it      leaves activations alive
     B   backward           needs the stage after it       B = I and W at once, releases the activations
     I   input gradient     needs the stage after it       what the stage before it waits for
-    W   weight gradient    needs its I                    nobody waits for it: it fills gaps, and releases the activations
+    W   weight gradient    needs its I                    nobody waits for it: it fills gaps; releases the activations
 
     rank 0   0F0 0F1 0B0 0F2 0B1 0B2        an action is written stage, op, micro-batch
     rank 1   1F0 1B0 1F1 1B1 1F2 1B2        an overlapped pair forward & backward: 1F1&1B0
 
-Ranks here are places along the pipeline (the coordinate on Axis.pp), stages are consecutive parts of the model. Which rank
-computes a stage of a micro-batch follows from the lists: two ranks that compute the same stage, each for micro-batches
-of its own, hold a copy of it each.
+Ranks here are places along the pipeline (the coordinate on Axis.pp), stages are consecutive parts of the model. Which
+rank computes a stage of a micro-batch follows from the lists: two ranks that compute the same stage, each for
+micro-batches of its own, hold a copy of it each.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ class Action(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """A forward and the backward (B or I) of another micro-batch, computed together: one hides the other's communication."""
+    """A forward and the backward (B or I) of another micro-batch, computed together: each hides the other's waits."""
 
     forward: Action
     backward: Action

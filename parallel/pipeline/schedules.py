@@ -1,0 +1,291 @@
+"""Schedules: pure functions (rank, ranks, microbatches[, virtual]) -> what the rank computes, in order.
+
+    loop            stage s lies on rank s % ranks                    gpipe, 1f1b, zb_h1, interleaved_1f1b[_overlap]
+    v               stages r and 2 ranks - 1 - r lie on rank r        zb_v, dualpipev
+    bidirectional   ranks s and ranks - 1 - s hold a copy of stage s  dualpipe
+
+F, B, I and W are the durations of the four ops, F&B that of an overlapped pair, P the ranks and M the micro-batches;
+B = I + W. One rank is a pipeline too: 1f1b on it accumulates gradients over micro-batches, interleaved_1f1b_overlap
+keeps two micro-batches in flight.
+
+A function that needs more micro-batches than it was given (a full round, the first triangle) makes them up and leaves
+their actions out at the end. That cannot bring a deadlock in: micro-batches do not wait for each other.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import zip_longest
+
+from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule, StageMap, parts
+
+F, B, I, W = Op
+
+
+def gpipe(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """All forwards, then all backwards (GPipe, arXiv 1811.06965). Bubble (P-1)(F+B), M micro-batches alive.
+
+        rank 0   F0 F1 F2 F3 .. .. B0 B1 B2 B3
+        rank 1   .. F0 F1 F2 F3 B0 B1 B2 B3
+    """  # fmt: skip
+    return [Action(op, rank, i) for op in (F, B) for i in range(microbatches)]
+
+
+def one_f_one_b(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """As soon as a micro-batch is back, one backward for one forward (PipeDream-flush; Megatron-LM, arXiv 2104.04473).
+
+        rank 0   F0 F1 .. B0 F2 B1 F3 B2 .. B3        bubble (P-1)(F+B), P - rank micro-batches alive
+        rank 1   .. F0 B0 F1 B1 F2 B2 F3 B3
+    """  # fmt: skip
+    forwards = [Action(F, rank, i) for i in range(microbatches)]
+    backwards = [Action(B, rank, i) for i in range(microbatches)]
+    return _alternate(forwards, backwards, ranks - 1 - rank)
+
+
+def zb_h1(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """1F1B with the backward split: rank r lags r weight gradients behind (Zero Bubble's ZB-H1, arXiv 2401.10241).
+
+        rank 0   F0 F1 .. I0 W0 F2 I1 W1 F3 I2 W2 .. I3 W3        bubble (P-1)(F+B-2W), P micro-batches alive
+        rank 1   .. F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3
+
+    Input gradients go ahead, and the last ranks, which are done first, have most weight gradients left to end with.
+    """  # fmt: skip
+    forwards = [Action(F, rank, i) for i in range(microbatches)]
+    backwards = [Action(I, rank, i) for i in range(microbatches)]
+    order: list[Compute] = []
+    for action in _alternate(forwards, backwards, ranks - 1 - rank):
+        order.append(action)
+        if isinstance(action, Action) and action.op is I and action.microbatch >= rank:
+            order.append(Action(W, rank, action.microbatch - rank))
+    return order + [Action(W, rank, i) for i in range(max(0, microbatches - rank), microbatches)]
+
+
+def interleaved_1f1b(rank: int, ranks: int, microbatches: int, virtual: int = 1) -> list[Compute]:
+    """1F1B over a loop: ``virtual`` shorter stages a rank, so the bubble is as many times shorter (arXiv 2104.04473).
+
+        2 ranks, 2 virtual stages      rank 0   0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1 2B2 2B3 0B2 0B3
+                                       rank 1   1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3
+
+    Micro-batches go in rounds of P: a round passes through all stages of a rank before the next one. A last round that
+    is not full has gaps.
+    """  # fmt: skip
+    forwards, backwards = _rounds(rank, ranks, microbatches, virtual)
+    return _kept(_alternate(forwards, backwards, 2 * (ranks - 1 - rank) + (virtual - 1) * ranks), microbatches)
+
+
+def interleaved_1f1b_overlap(rank: int, ranks: int, microbatches: int, virtual: int = 1) -> list[Compute]:
+    """Interleaved 1F1B whose steady state is made of overlapped pairs: one forward more is under way.
+
+        1 rank, 1 stage      rank 0   0F0 0F1&0B0 0F2&0B1 0B2
+    """  # fmt: skip
+    forwards, backwards = _rounds(rank, ranks, microbatches, virtual)
+    ahead = min(2 * (ranks - 1 - rank) + (virtual - 1) * ranks + 1, len(forwards))
+    pairs = [Overlap(*pair) for pair in zip(forwards[ahead:], backwards, strict=False)]
+    return _kept([*forwards[:ahead], *pairs, *backwards[len(pairs) :]], microbatches)
+
+
+def zb_v(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """Two stages a rank in a V, waits only at the ends (Zero Bubble's ZB-V, arXiv 2401.10241, 2405.15362).
+
+        2 ranks     rank 0   0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0I0 0W0 3F2 3I2 3W2 0I1 0W1 0I2 0W2
+                    rank 1   1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1I1 2I2 1I2 1W1 2W2 1W2
+
+    With F = I = W no rank waits between its first action and its last; 2P half-sized micro-batches are alive, as much
+    memory as 1F1B's P. The ranks begin one after the other and end so: ``simulate`` gives both spans.
+    """  # fmt: skip
+    full = max(microbatches, 2 * ranks - 1)  # what the first triangle takes
+    words: list[Word] = [
+        *[F0] * (2 * (ranks - rank) - 1),
+        *[F1, F0] * rank,
+        *[F1, I1, OLDEST] * (ranks - rank),
+        *[F0, I0, OLDEST, F1, I1, OLDEST] * (full - 2 * ranks + rank + 1),
+        *[I0, OLDEST, F1, I1, OLDEST] * (ranks - rank - 1),
+        *[I0, I1] * rank,
+        *[I0, OLDEST] * (ranks - rank),
+        *[OLDEST] * (2 * rank),
+    ]
+    return _kept(_numbered(words, (rank, 2 * ranks - 1 - rank), (0, 0)), microbatches)
+
+
+def dualpipe(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """Micro-batches enter at both ends and pass each other in overlapped pairs (DeepSeek-V3, arXiv 2412.19437).
+
+        stage s on ranks s and P-1-s       0 -> 1 -> 2 -> 3    the first half of the micro-batches
+                                           3 <- 2 <- 1 <- 0    the second half
+
+    Bubble (P/2-1)(F&B+B-3W), P + 1 micro-batches alive, two copies of the parameters.
+    """  # fmt: skip
+    near, each = min(rank, ranks - 1 - rank), microbatches // 2
+    firsts = (0, each) if rank == near else (each, 0)
+    return _numbered(_phases(near, ranks // 2, each), (near, ranks - 1 - near), firsts)
+
+
+def dualpipev(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """DualPipe cut in half: where it has 2P ranks, rank r takes the other direction of rank 2P-1-r too.
+
+        0 -> 1 -> 2 -> 3
+        7 <- 6 <- 5 <- 4      4 ranks, two stages each: one copy, every micro-batch goes there and back
+
+    Bubble (P-1)(F&B+B-3W), 2P + 1 half-sized micro-batches alive; F, B, W and F&B are those of one of the 2P stages.
+    """  # fmt: skip
+    return _numbered(_phases(rank, ranks, microbatches), (rank, 2 * ranks - 1 - rank), (0, 0))
+
+
+def evaluate(stage_map: StageMap, microbatches: int) -> Schedule:
+    """Forwards only, wherever the stages lie: a rank goes by stage + micro-batch, as the wave comes in.
+
+    Where stages have copies, the copies take micro-batches in turns.
+    """
+    ranks = 1 + max(max(holders) for holders in stage_map.holders_of)
+    lists: list[list[Action]] = [[] for _ in range(ranks)]
+    for stage, holders in enumerate(stage_map.holders_of):
+        for i in range(microbatches):
+            lists[holders[i % len(holders)]].append(Action(F, stage, i))
+    for actions in lists:
+        actions.sort(key=lambda action: (action.stage + action.microbatch, action))
+    return Schedule("evaluate", ranks, microbatches, len(stage_map.holders_of), tuple(map(tuple, lists)))
+
+
+Word = tuple[Op, int] | tuple[tuple[Op, int], tuple[Op, int]]  # an op of one of a rank's two stages, or a pair of them
+F0, F1, B0, B1, I0, I1 = ((op, which) for op in (F, B, I) for which in (0, 1))
+OLDEST = (W, 0)  # the weight gradient that has waited longest
+
+
+def _phases(near: int, half: int, each: int) -> list[Word]:
+    """DualPipe's eight phases on rank ``near`` of a half, ``each`` micro-batches a way; way 0 enters here."""
+    ahead, pair = half - 1 - near, [(F0, B1), (F1, B0)]
+    first = [*pair] if ahead else [F0, B1, (F1, B0)]  # in the middle both directions arrive at once
+    return [
+        *[F0] * (2 * ahead),
+        *[F0, F1] * (near + 1),
+        *[I1, OLDEST, F1] * ahead,
+        *first,
+        *pair * (each - 2 * half + near),
+        *[B1, (F1, B0)] * ahead,
+        *([B1, B0] * (near + 1))[: near + 1],
+        *([I1, I0] * (near + 1))[near + 1 :],
+        *[OLDEST, I0] * ahead,
+        *[OLDEST] * (near + 1),
+    ]
+
+
+def _numbered(words: Iterable[Word], stages: tuple[int, int], firsts: tuple[int, int]) -> list[Compute]:
+    """The words for a rank's two ``stages``, each op counting its micro-batches from ``firsts`` on."""
+    forward, backward = list(firsts), list(firsts)
+    waiting: deque[Action] = deque()
+
+    def number(op: Op, which: int) -> Action:
+        if op is W:
+            return waiting.popleft()
+        counts = forward if op is F else backward
+        action = Action(op, stages[which], counts[which])
+        counts[which] += 1
+        if op is I:
+            waiting.append(action._replace(op=W))
+        return action
+
+    return [number(*word) if isinstance(word[0], Op) else Overlap(number(*word[0]), number(*word[1])) for word in words]
+
+
+def _alternate(forwards: Sequence[Action], backwards: Sequence[Action], ahead: int) -> list[Compute]:
+    """``ahead`` forwards, then a forward and a backward in turns while there are any, then the other backwards."""
+    turns = zip_longest(forwards[ahead:], backwards)
+    return [*forwards[:ahead], *(action for turn in turns for action in turn if action is not None)]
+
+
+def _rounds(rank: int, ranks: int, microbatches: int, virtual: int) -> tuple[list[Action], list[Action]]:
+    """Forwards and backwards of a rank in a loop: rounds of ``ranks`` micro-batches, the last one filled up."""
+    stages = [chunk * ranks + rank for chunk in range(virtual)]
+    rounds = [range(first, first + ranks) for first in range(0, microbatches, ranks)]
+    forwards = [Action(F, stage, i) for each in rounds for stage in stages for i in each]
+    backwards = [Action(B, stage, i) for each in rounds for stage in reversed(stages) for i in each]
+    return forwards, backwards
+
+
+def _kept(order: list[Compute], microbatches: int) -> list[Compute]:
+    """Without the actions of micro-batches that were made up; what is left of a pair stands alone."""
+    kept: list[Compute] = []
+    for compute in order:
+        real = [action for action in parts(compute) if action.microbatch < microbatches]
+        kept += [compute] if len(real) == 2 else real
+    return kept
+
+
+class Route(StrEnum):
+    """How a micro-batch visits the ranks."""
+
+    loop = "loop"  # first rank to last, as often as a rank has stages
+    v = "v"  # first to last and back
+    bidirectional = "bidirectional"  # half of the micro-batches the other way, through copies of the stages
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A schedule's function and its rule: what ranks, micro-batches and virtual stages it can do with."""
+
+    function: Callable[..., list[Compute]]
+    placement: Route = Route.loop
+    virtual: bool = False  # the function takes the stages of a rank
+    even: bool = False  # ranks and micro-batches
+    least: int = 0  # micro-batches for each rank
+
+    def stages(self, ranks: int, virtual: int) -> int:
+        """Stages of the whole pipeline."""
+        return ranks * {Route.loop: virtual, Route.v: 2, Route.bidirectional: 1}[self.placement]
+
+
+SCHEDULES = {
+    "gpipe": Generator(gpipe),
+    "1f1b": Generator(one_f_one_b),
+    "interleaved_1f1b": Generator(interleaved_1f1b, virtual=True),
+    "interleaved_1f1b_overlap": Generator(interleaved_1f1b_overlap, virtual=True),
+    "zb_h1": Generator(zb_h1),
+    "zb_v": Generator(zb_v, Route.v),
+    "dualpipe": Generator(dualpipe, Route.bidirectional, even=True, least=2),
+    "dualpipev": Generator(dualpipev, Route.v, least=2),
+}
+
+
+def generate(name: str, ranks: int, microbatches: int, virtual: int = 1) -> Schedule:
+    """The schedule ``name`` for all ranks; raises ValueError where its rule does not allow the numbers."""
+    check(name, ranks, microbatches, virtual)
+    generator = SCHEDULES[name]
+    numbers = (ranks, microbatches, virtual) if generator.virtual else (ranks, microbatches)
+    lists = tuple(tuple(generator.function(rank, *numbers)) for rank in range(ranks))
+    return Schedule(name, ranks, microbatches, generator.stages(ranks, virtual), lists)
+
+
+def check(name: str, ranks: int, microbatches: int, virtual: int = 1) -> None:
+    """Refuse what ``name`` cannot be made for, with the value, the rule and what to do."""
+    if name not in SCHEDULES:
+        raise ValueError(f"parallel.pipeline.schedule={name} must be one of {', '.join(SCHEDULES)}")
+    for key, value in (("parallel.pp", ranks), ("parallel.pipeline.virtual", virtual), ("micro-batches", microbatches)):
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+    generator = SCHEDULES[name]
+    if virtual > 1 and not generator.virtual:
+        raise ValueError(
+            f"parallel.pipeline.virtual={virtual} must be 1 for parallel.pipeline.schedule={name}, which has "
+            f"{generator.stages(1, 1)} stages a rank: take interleaved_1f1b to choose their number"
+        )
+    _check_even_and_least(name, ranks, microbatches)
+
+
+def _check_even_and_least(name: str, ranks: int, microbatches: int) -> None:
+    generator = SCHEDULES[name]
+    if generator.even and ranks % 2:
+        raise ValueError(
+            f"parallel.pp={ranks} must be even for parallel.pipeline.schedule={name}, whose ranks come in pairs: take "
+            f"dualpipev, or parallel.pp={ranks + 1}"
+        )
+    if generator.even and microbatches % 2:
+        raise ValueError(
+            f"micro-batches={microbatches} must be even for parallel.pipeline.schedule={name}, half of them for each "
+            "direction: change run.micro_batch or run.global_batch"
+        )
+    if microbatches < generator.least * ranks:
+        raise ValueError(
+            f"micro-batches={microbatches} must be at least {generator.least} * parallel.pp = "
+            f"{generator.least * ranks} for parallel.pipeline.schedule={name}: lower run.micro_batch or parallel.pp"
+        )
