@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 2),
     "micro_batch": (1, 2),
     "crowded": (False, True),
+    "rebalance": (False, True),
     "compressed": (True, False),
     "tied": (False, True),
     "dense": (0, 1),
@@ -59,8 +60,15 @@ def split(world: int) -> Iterator[Topology]:
 def draw_choice(generator: random.Random, topologies: list[Topology]) -> Choice:
     """One of everything, but nothing that is refused."""
     choice = {name: generator.choice(values) for name, values in {"topology": topologies, **CHOICES}.items()}
-    refused = choice["engine"] is EngineName.fsdp2 and choice["recompute"] is not Recompute.none
-    return draw_choice(generator, topologies) if refused else choice
+    return draw_choice(generator, topologies) if is_refused(choice) else choice
+
+
+def is_refused(choice: Choice) -> bool:
+    """fsdp2 neither recomputes nor moves experts; without expert parallelism they have nowhere to go."""
+    fsdp2 = choice["engine"] is EngineName.fsdp2
+    return (fsdp2 and choice["recompute"] is not Recompute.none) or (
+        choice["rebalance"] and (fsdp2 or choice["topology"].ep == 1)
+    )
 
 
 def pairs(choice: Choice) -> set[Any]:
@@ -110,6 +118,7 @@ def make_case(choice: Choice, seed: int) -> Case:
         length=next(length for length in (8, 12, 10, 14) if length % topology.tp == 0),
         documents=choice["documents"],
         crowded=choice["crowded"],
+        rebalance=choice["rebalance"],
         seed=seed,
     )
 
@@ -121,7 +130,7 @@ def describe(case: Case) -> str:
         f"dp{t.dp} tp{t.tp} ep{t.ep} {case.engine} {model.moe.score}{model.moe.groups}",
         f"shared{model.moe.shared_experts}",
         f"mtp{model.mtp.depth} dense{model.dense_layers} {model.recompute} {case.accumulation}x{case.micro_batch}",
-        *(word for word, true in (("crowded", case.crowded), ("tied", model.tied)) if true),
+        *(word for word, true in (("crowded", case.crowded), ("moving", case.rebalance), ("tied", model.tied)) if true),
         *(("documents",) if case.documents else ()),
         *(("direct",) if model.attention.q_rank is None else ()),
         *(("clipped",) if case.optimizer.clip else ()),

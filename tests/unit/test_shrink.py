@@ -61,6 +61,15 @@ def test_cases_of_a_run(tmp_path: Path) -> None:
     assert (spread.micro_batch, spread.accumulation, spread.length, spread.documents) == (2, 2, 8, True)
 
 
+def test_experts_move_where_the_run_moves_them(tmp_path: Path) -> None:
+    config: Any = make_run(tmp_path)
+    for every in (0, 50):
+        config.parallel = ParallelConfig(ep=2, rebalance_every=every)
+        cases = shrink(config, Topology(dp=2, ep=2)).cases
+        assert [case.rebalance for case in cases.values()] == [every > 0] * 2
+        assert all(("change ranks" in name) == (every > 0) for name in cases)
+
+
 def test_engines_that_cast_are_refused(tmp_path: Path) -> None:
     config: Any = make_run(tmp_path)
     config.parallel = ParallelConfig(engine=EngineName.zero1)

@@ -37,6 +37,7 @@ class Case:
     length: int = 8  # S
     documents: bool = True  # tokens attend within documents
     crowded: bool = False  # every token goes to the first experts; the others get none
+    rebalance: bool = False  # experts change ranks after every step; for engines that move them
     steps: int = 3
     seed: int = 0
 

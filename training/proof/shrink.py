@@ -1,7 +1,7 @@
 """A user's configuration as a proof of a few seconds: everything that layouts can get wrong is kept, sizes are not.
 
 kept        degrees, engine, heads, experts, groups, top_k, shared experts, router, prediction depth, recomputation,
-            tied embeddings, optimizer, and what is left over when a width is divided among the ranks
+            tied embeddings, optimizer, moves of experts, and what is left over when a width is divided among the ranks
 shrunk      layers to one of each kind; hidden sizes, vocabulary, and tokens of a sequence
 lowered     above ``RANKS`` ranks dp first, and ep as far as it then has to be
 """
@@ -48,10 +48,12 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
         accumulation=min(max(micro_batches, 1), 2),
         length=small.cp * small.tp * max(2, TOKENS // (small.cp * small.tp)),
         documents=config.data.mask_documents,
+        rebalance=config.parallel.rebalance_every > 0,
     )
-    cases = {"spread": case}
+    moving = ", experts change ranks after every step" if case.rebalance else ""
+    cases = {f"spread{moving}": case}
     if config.model.moe.experts:
-        cases["crowded: every token goes to the first experts"] = replace(case, crowded=True)
+        cases[f"crowded: every token goes to the first experts{moving}"] = replace(case, crowded=True)
     return Shrunk(cases, unproved)
 
 
