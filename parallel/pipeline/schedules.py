@@ -8,7 +8,7 @@ F, B, I and W are the durations of the four ops, F&B that of an overlapped pair,
 B = I + W. One rank is a pipeline too: 1f1b on it accumulates gradients over micro-batches, interleaved_1f1b_overlap
 keeps two micro-batches in flight.
 
-A function that needs more micro-batches than it was given (a full round, the first triangle) makes them up and leaves
+A function that needs more micro-batches than it was given (a round, the first triangle) makes them up and leaves
 their actions out at the end. That cannot bring a deadlock in: micro-batches do not wait for each other.
 """
 
@@ -19,6 +19,7 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule, StageMap, parts
+from parallel.placement import span
 
 F, B, I, W = Op
 
@@ -67,11 +68,11 @@ def interleaved_1f1b(rank: int, ranks: int, microbatches: int, virtual: int = 1)
         2 ranks, 2 virtual stages      rank 0   0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1 2B2 2B3 0B2 0B3
                                        rank 1   1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3
 
-    Micro-batches go in rounds of P: a round passes through all stages of a rank before the next one. A last round that
-    is not full has gaps.
+    Micro-batches go in rounds of P: a round passes through all stages of a rank before the next one does. Rounds are
+    longer where P does not divide M: the bubble stays, a few more micro-batches are alive.
     """  # fmt: skip
-    forwards, backwards = _rounds(rank, ranks, microbatches, virtual)
-    return _kept(_alternate(forwards, backwards, 2 * (ranks - 1 - rank) + (virtual - 1) * ranks), microbatches)
+    forwards, backwards, ahead = _rounds(rank, ranks, microbatches, virtual)
+    return _kept(_alternate(forwards, backwards, ahead), microbatches)
 
 
 def interleaved_1f1b_overlap(rank: int, ranks: int, microbatches: int, virtual: int = 1) -> list[Compute]:
@@ -79,10 +80,9 @@ def interleaved_1f1b_overlap(rank: int, ranks: int, microbatches: int, virtual: 
 
         1 rank, 1 stage      rank 0   0F0 0F1&0B0 0F2&0B1 0B2
     """  # fmt: skip
-    forwards, backwards = _rounds(rank, ranks, microbatches, virtual)
-    ahead = min(2 * (ranks - 1 - rank) + (virtual - 1) * ranks + 1, len(forwards))
-    pairs = [Overlap(*pair) for pair in zip(forwards[ahead:], backwards, strict=False)]
-    return _kept([*forwards[:ahead], *pairs, *backwards[len(pairs) :]], microbatches)
+    forwards, backwards, ahead = _rounds(rank, ranks, microbatches, virtual)
+    pairs = [Overlap(*pair) for pair in zip(forwards[ahead + 1 :], backwards, strict=False)]
+    return _kept([*forwards[: ahead + 1], *pairs, *backwards[len(pairs) :]], microbatches)
 
 
 def zb_v(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -194,13 +194,14 @@ def _alternate(forwards: Sequence[Action], backwards: Sequence[Action], ahead: i
     return [*forwards[:ahead], *(action for turn in turns for action in turn if action is not None)]
 
 
-def _rounds(rank: int, ranks: int, microbatches: int, virtual: int) -> tuple[list[Action], list[Action]]:
-    """Forwards and backwards of a rank in a loop: rounds of ``ranks`` micro-batches, the last one filled up."""
+def _rounds(rank: int, ranks: int, microbatches: int, virtual: int) -> tuple[list[Action], list[Action], int]:
+    """Forwards and backwards of a rank in a loop, in rounds, and how many forwards are ahead of the first backward."""
+    full = max(microbatches, ranks)
+    rounds = [span(full, full // ranks, place) for place in range(full // ranks)]
     stages = [chunk * ranks + rank for chunk in range(virtual)]
-    rounds = [range(first, first + ranks) for first in range(0, microbatches, ranks)]
     forwards = [Action(F, stage, i) for each in rounds for stage in stages for i in each]
     backwards = [Action(B, stage, i) for each in rounds for stage in reversed(stages) for i in each]
-    return forwards, backwards
+    return forwards, backwards, 2 * (ranks - 1 - rank) + (virtual - 1) * max(map(len, rounds))
 
 
 def _kept(order: list[Compute], microbatches: int) -> list[Compute]:
