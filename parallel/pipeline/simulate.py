@@ -43,24 +43,28 @@ class Cost:
     B: Number = 2  # full backward
     I: Number = 1  # the part of it that gives the input's gradient
     W: Number = 1  # the part of it that gives the weights'
-    FB: Number = 3  # a forward and a full backward, overlapped; with I in place of B it is FB - B + I
+    FB: Number | None = None  # a forward and a full backward, overlapped; None: F + B. With I in place of B: FB - B + I
     send: Number = 0  # from the end of an action until another rank can read what it made
 
     def __post_init__(self) -> None:
-        for name in ("F", "B", "I", "W", "FB"):
+        for name in ("F", "B", "I", "W"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"cost.{name}={getattr(self, name)} must be positive")
-        if self.send < 0:
+        if not self.send >= 0:
             raise ValueError(f"cost.send={self.send} must not be negative")
-        if self.FB < max(self.F, self.B):
+        if not self.pair >= max(self.F, self.B):
             raise ValueError(
                 f"cost.FB={self.FB} must be at least cost.F={self.F} and cost.B={self.B}: a pair ends with its longer side"
             )
 
+    @property
+    def pair(self) -> Number:
+        """What a forward and a full backward take that are overlapped."""
+        return self.F + self.B if self.FB is None else self.FB
+
     def table(self, total: int) -> np.ndarray:
         """What a slot costs, [6]: F, B, I, W, a pair with B, a pair with I. ``total`` slots can be added up in its type."""
-        pair = self.FB - self.B + self.I
-        costs = [self.F, self.B, self.I, self.W, self.FB, pair]
+        costs = [self.F, self.B, self.I, self.W, self.pair, self.pair - self.B + self.I]
         if any(isinstance(cost, Fraction) for cost in (*costs, self.send)):
             return np.array(costs, dtype=object)
         if all(isinstance(cost, int) for cost in (*costs, self.send)):
