@@ -17,8 +17,8 @@ Two kinds of bubble, per rank:
     makespan - busy      the whole step counts: the optimizer waits for the last rank (as a global norm makes it do)
     span - busy          from the rank's own first start to its own last end: what is left if steps could interlock
 
-Memory: an F keeps the activations of one stage and micro-batch until its B or its W has run (an I alone releases nothing);
-within an overlapped pair both sides are there. Their peak is counted in activations of one stage and one micro-batch.
+Memory: an F keeps the activations of one stage and micro-batch until its B or its W has run (an I alone releases
+nothing); within an overlapped pair both sides are there. What is counted is activations of one stage and micro-batch.
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,7 +54,8 @@ class Cost:
             raise ValueError(f"cost.send={self.send} must not be negative")
         if not self.pair >= max(self.F, self.B):
             raise ValueError(
-                f"cost.FB={self.FB} must be at least cost.F={self.F} and cost.B={self.B}: a pair ends with its longer side"
+                f"cost.FB={self.FB} must be at least cost.F={self.F} and cost.B={self.B}: a pair ends with its longer "
+                "side"
             )
 
     @property
@@ -63,7 +64,7 @@ class Cost:
         return self.F + self.B if self.FB is None else self.FB
 
     def table(self, total: int) -> np.ndarray:
-        """What a slot costs, [6]: F, B, I, W, a pair with B, a pair with I. ``total`` slots can be added up in its type."""
+        """What a slot costs, [6]: F, B, I, W, a pair with B, a pair with I; in a type that holds ``total`` of them."""
         costs = [self.F, self.B, self.I, self.W, self.pair, self.pair - self.B + self.I]
         if any(isinstance(cost, Fraction) for cost in (*costs, self.send)):
             return np.array(costs, dtype=object)
@@ -75,7 +76,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A simulated step: when each slot of the schedule's table starts and ends. All times are in the unit of the costs."""
+    """A simulated step: when each slot of the schedule's table starts and ends. The unit is that of the costs."""
 
     schedule: Schedule
     cost: Cost
@@ -93,7 +94,7 @@ class Timeline:
 
     @property
     def bubbles(self) -> tuple[Number, ...]:
-        """Per rank, the time of the whole step in which it computes nothing: what it loses if ranks start steps together."""
+        """Per rank, the time of the whole step in which it computes nothing: the loss where ranks step together."""
         return tuple(self.makespan - busy for busy in self.busy)
 
     @property
@@ -127,7 +128,7 @@ def simulate(schedule: Schedule, cost: Cost | None = None) -> Timeline:
 def _run(table: Table, kinds: np.ndarray, costs: np.ndarray, send: Number) -> tuple[np.ndarray, np.ndarray]:
     """Start and end of every slot, [N] each, in rounds; see the top of this file.
 
-    A rank that waits costs a round nothing but the look at it, so there are as many rounds as the longest chain has slots.
+    There are as many rounds as the longest chain has slots, whatever the costs.
     """
     total, sources, owner = len(kinds), find_sources(table), table.ranks()
     starts, ends = np.zeros(total, dtype=costs.dtype), np.zeros(total + 1, dtype=costs.dtype)
@@ -165,5 +166,4 @@ def _explain(table: Table, sources: np.ndarray, done: np.ndarray, heads: np.ndar
     """Ranks that wait in a circle: the first of them, and what it waits for."""
     slot = int(heads[0])
     source = next(int(source) for source in sources[slot] if not done[source])
-    where = f"rank {table.rank_of(source)}, action {source - int(table.offsets[table.rank_of(source)])}"
-    return f'{name_slot(table, slot)} waits for "{table.compute(source)}" ({where}), which never runs: ranks wait for each other'
+    return f"{name_slot(table, slot)} waits for {name_slot(table, source)} ranks wait for each other"

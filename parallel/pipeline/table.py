@@ -1,7 +1,7 @@
 """A schedule as arrays, for what has to look at millions of actions: validation, simulation, pictures.
 
-All lists lie one behind the other, rank after rank; ``offsets[rank]`` is where a rank's begins. A slot is one compute: an
-action, or a pair. In ``codes`` its first column is the action, or the pair's forward; its second is the pair's
+All lists lie one behind the other, rank after rank; ``offsets[rank]`` is where a rank's begins. A slot is one compute:
+an action, or a pair. In ``codes`` its first column is the action, or the pair's forward; its second is the pair's
 backward, or -1.
 
     code = (op * stages + stage) * microbatches + microbatch       op: 0 F, 1 B, 2 I, 3 W
@@ -93,8 +93,8 @@ def count_live(table: Table) -> list[int]:
 def find_sources(table: Table) -> np.ndarray:
     """The slots that each slot reads from, [N, 2], column by column as in ``codes``; N where it reads from none.
 
-    F of a stage reads F of the stage before it, B and I read B or I of the stage after it or, in the last stage, its F; W
-    reads I. ValueError if a slot reads what no list makes.
+    F of a stage reads F of the stage before it; B and I read B or I of the stage after it or, in the last stage, its F;
+    W reads I. ValueError if a slot reads what no list makes.
     """
     total, step, last = len(table.codes), table.microbatches, table.stages * table.microbatches
     forwards, backwards = (np.full(last, -1, dtype=np.int32) for _ in range(2))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parallel.pipeline.action import Action, Compute, Overlap
+from parallel.pipeline.action import Compute, parts
 
 
 class Span(NamedTuple):
@@ -56,11 +56,6 @@ def list_events(runs: Mapping[str, Iterable[Span]]) -> Iterator[dict[str, Any]]:
                     part.op.name: f"stage {part.stage}, micro-batch {part.microbatch}" for part in parts(span.action)
                 },
             }
-
-
-def parts(action: Compute) -> tuple[Action, ...]:
-    """The one action, or the two of an overlap."""
-    return tuple(action) if isinstance(action, Overlap) else (action,)
 
 
 def _sort(action: Compute) -> str:

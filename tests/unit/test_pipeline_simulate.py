@@ -1,8 +1,8 @@
-"""Simulated times: equal to the published formulas and to a clock that ticks; integers stay exact; ranks that wait are named."""
+"""Simulated times: equal to published formulas and to a clock that ticks; integers stay exact; who waits is named."""
 
 import random
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
@@ -15,7 +15,7 @@ NAMES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_1f1b_overlap", "zb_h1
 
 
 def tick(schedule: Schedule, cost: Cost) -> dict[tuple[int, int], tuple[int, int]]:
-    """(rank, action) -> (start, end), by a clock that ticks: an idle rank starts its next action once its inputs are there."""
+    """(rank, action) -> (start, end), by a clock that ticks: an idle rank starts what it can."""
     cost_of = {F: cost.F, B: cost.B, I: cost.I, W: cost.W}
     ran: dict[tuple[int, int], tuple[int, int]] = {}
     arrives: dict[tuple[str, int, int], dict[int, int]] = {}  # what was made -> rank -> when it can be read there
@@ -55,8 +55,8 @@ def read_by(action: Action, stages: int) -> list[tuple[str, int, int]]:
 
 
 def draw_schedule(seed: int) -> Schedule:
-    """A schedule of no name: stages anywhere, copies of some, backwards split or not, pairs where they happen to fit."""
-    rng = random.Random(seed)
+    """A schedule of no name: stages anywhere, copies of some, backwards split or not, pairs where they fit."""
+    rng = random.Random(seed)  # noqa: S311
     ranks, stages, microbatches = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 5)
     homes = [rng.choices(range(ranks), k=rng.choice((1, 1, 2))) for _ in range(stages)]
     rank_of = {(stage, i): rng.choice(homes[stage]) for stage, i in product(range(stages), range(microbatches))}
@@ -84,7 +84,7 @@ def draw_schedule(seed: int) -> Schedule:
 
 
 def draw_cost(seed: int) -> Cost:
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     f, i, w = (rng.randint(1, 4) for _ in range(3))
     b = rng.randint(max(i, w), i + w)
     return Cost(F=f, B=b, I=i, W=w, FB=rng.randint(max(f, b), f + b), send=rng.choice((0, 0, 1, 3)))
@@ -149,7 +149,7 @@ def test_bubble_and_memory_of_zb_h1() -> None:
 def test_bubble_and_memory_of_dualpipe(name: str, half: int, alive: int) -> None:
     """(P/2-1)(F&B+B-3W) and P + 1 alive; DualPipeV: P for P/2, and 2P + 1 halves. For F = I and W at most F.
 
-    Where a pair takes as long as its sides, every rank has this bubble. Otherwise the middle ranks, with most pairs, do.
+    Where a pair takes as long as its sides, every rank has this bubble; else the middle ranks, with most pairs, do.
     """
     for ranks, cost in product(range(half, 17, half), EVEN + UNEVEN):
         for count in {2 * ranks, 2 * ranks + 2, 64}:
@@ -214,13 +214,15 @@ def test_rows_are_the_lists_with_times() -> None:
     rows = list(simulate(schedule).rows([1], 1e-3))
     assert tuple(row.action for row in rows) == schedule.lists[1]
     assert {row.rank for row in rows} == {1} and rows[0].start == 0.001 and rows[0].end == 0.002
-    assert all(row.end <= after.start for row, after in zip(rows, rows[1:], strict=False))
+    assert all(row.end <= after.start for row, after in pairwise(rows))
 
 
 def test_ranks_that_wait_for_each_other_are_named() -> None:
     lists = ((Action(B, 0, 0), Action(F, 0, 0)), (Action(F, 1, 0), Action(B, 1, 0)))
-    with pytest.raises(ValueError, match=r'^rank 0, action 0 "0B0": waits for "1B0" \(rank 1, action 1\), which never'):
+    with pytest.raises(ValueError, match=r'^rank 0, action 0 "0B0": waits for rank 1, action 1 "1B0": ranks wait'):
         simulate(Schedule("stuck", 2, 1, 2, lists))
+    with pytest.raises(ValueError, match=r'^rank 0, action 1 "0W0": waits for rank 0, action 2 "0I0":'):
+        simulate(Schedule("early", 1, 1, 1, ((Action(F, 0, 0), Action(W, 0, 0), Action(I, 0, 0)),)))
 
 
 def test_what_nobody_computes_is_named() -> None:
