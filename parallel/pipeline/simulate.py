@@ -28,8 +28,9 @@ from fractions import Fraction
 import numpy as np
 
 from parallel.pipeline.action import Schedule
-from parallel.pipeline.table import I, Table, count_live, find_sources, name_slot, tabulate
+from parallel.pipeline.table import I, Table, count_live, find_sources, tabulate
 from parallel.pipeline.trace import Span
+from parallel.pipeline.validate import advance
 
 Number = int | float | Fraction
 EXACT = 2**62  # integers up to here fit an array of machine integers, sums included
@@ -95,7 +96,8 @@ class Timeline:
     @property
     def bubbles(self) -> tuple[Number, ...]:
         """Per rank, the time of the whole step in which it computes nothing: the loss where ranks step together."""
-        return tuple(self.makespan - busy for busy in self.busy)
+        makespan = self.makespan
+        return tuple(makespan - busy for busy in self.busy)
 
     @property
     def gaps(self) -> tuple[Number, ...]:
@@ -111,7 +113,7 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, cost: Cost | None = None) -> Timeline:
-    """The timeline of a valid ``schedule``. ValueError if ranks wait for each other, or for what nobody computes."""
+    """The timeline of a valid ``schedule``. ValueError if ranks wait in a circle, or for what nobody computes."""
     cost = cost or Cost()
     table = tabulate(schedule)
     kinds = np.where(table.codes[:, 1] < 0, table.ops(0), 4 + (table.ops(1) == I)).astype(np.int8)
@@ -126,33 +128,18 @@ def simulate(schedule: Schedule, cost: Cost | None = None) -> Timeline:
 
 
 def _run(table: Table, kinds: np.ndarray, costs: np.ndarray, send: Number) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of every slot, [N] each, in rounds; see the top of this file.
-
-    There are as many rounds as the longest chain has slots, whatever the costs.
-    """
-    total, sources, owner = len(kinds), find_sources(table), table.ranks()
+    """Start and end of every slot, [N] each. There are as many rounds as the longest chain has slots."""
+    total, sources, owner = len(kinds), find_sources(table), np.append(table.ranks(), -1)
+    # Slot N stands for "reads from none": it ends at 0, on no rank.
     starts, ends = np.zeros(total, dtype=costs.dtype), np.zeros(total + 1, dtype=costs.dtype)
-    done = np.zeros(total + 1, dtype=bool)
-    done[total] = True  # the slot that stands for "reads from none"; it ended at 0
-    owner = np.append(owner, -1)
-    head, limit = table.offsets[:-1].copy(), table.offsets[1:]
-    clock = np.zeros(len(head), dtype=costs.dtype)
-    waiting = np.flatnonzero(head < limit)
-    while len(waiting):
-        slots = head[waiting]
-        ready = done[sources[slots]].all(axis=1)
-        if not ready.any():
-            raise ValueError(_explain(table, sources, done, slots))
-        ranks, slots = waiting[ready], slots[ready]
+    clock = np.zeros(len(table.offsets) - 1, dtype=costs.dtype)
+    for ranks, slots in advance(table, sources):
         read = sources[slots]
         arrived = ends[read]
         if send:
             arrived = arrived + send * ((owner[read] != ranks[:, None]) & (read < total))
-        begin = np.maximum(clock[ranks], arrived.max(axis=1))
-        finish = begin + costs[kinds[slots]]
-        starts[slots], ends[slots], clock[ranks], done[slots] = begin, finish, finish, True
-        head[ranks] += 1
-        waiting = waiting[head[waiting] < limit[waiting]]
+        starts[slots] = np.maximum(clock[ranks], arrived.max(axis=1))
+        clock[ranks] = ends[slots] = starts[slots] + costs[kinds[slots]]
     return starts, ends[:-1]
 
 
@@ -160,10 +147,3 @@ def _plain(times: np.ndarray, slot: int) -> Number:
     """One time as Python's own number."""
     value = times[slot]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _explain(table: Table, sources: np.ndarray, done: np.ndarray, heads: np.ndarray) -> str:
-    """Ranks that wait in a circle: the first of them, and what it waits for."""
-    slot = int(heads[0])
-    source = next(int(source) for source in sources[slot] if not done[source])
-    return f"{name_slot(table, slot)} waits for {name_slot(table, source)} ranks wait for each other"
