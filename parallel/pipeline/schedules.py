@@ -8,20 +8,21 @@ F, B, I and W are the durations of the four ops, F&B that of an overlapped pair,
 B = I + W. One rank is a pipeline too: 1f1b on it accumulates gradients over micro-batches, interleaved_1f1b_overlap
 keeps two micro-batches in flight.
 
-A function that needs more micro-batches than it was given (a round, the first triangle) makes them up and leaves
-their actions out at the end. That cannot bring a deadlock in: micro-batches do not wait for each other.
+A schedule that needs more micro-batches than there are (a round, the first triangle) is made as if there were, less the
+actions of those that are not. That cannot bring a deadlock in: micro-batches do not wait for each other.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 
-from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule, StageMap, parts
+from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule, StageMap
 from parallel.placement import span
 
 F, B, I, W = Op
+Gapped = Sequence[Action | None]
 
 
 def gpipe(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -72,7 +73,7 @@ def interleaved_1f1b(rank: int, ranks: int, microbatches: int, virtual: int = 1)
     longer where P does not divide M: the bubble stays, a few more micro-batches are alive.
     """  # fmt: skip
     forwards, backwards, ahead = _rounds(rank, ranks, microbatches, virtual)
-    return _kept(_alternate(forwards, backwards, ahead), microbatches)
+    return _alternate(forwards, backwards, ahead)
 
 
 def interleaved_1f1b_overlap(rank: int, ranks: int, microbatches: int, virtual: int = 1) -> list[Compute]:
@@ -81,8 +82,8 @@ def interleaved_1f1b_overlap(rank: int, ranks: int, microbatches: int, virtual: 
         1 rank, 1 stage      rank 0   0F0 0F1&0B0 0F2&0B1 0B2
     """  # fmt: skip
     forwards, backwards, ahead = _rounds(rank, ranks, microbatches, virtual)
-    pairs = [Overlap(*pair) for pair in zip(forwards[ahead + 1 :], backwards, strict=False)]
-    return _kept([*forwards[: ahead + 1], *pairs, *backwards[len(pairs) :]], microbatches)
+    pairs = zip_longest(forwards[ahead + 1 :], backwards)
+    return [*filter(None, forwards[: ahead + 1]), *(compute for pair in pairs for compute in _join(*pair))]
 
 
 def zb_v(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -95,17 +96,17 @@ def zb_v(rank: int, ranks: int, microbatches: int) -> list[Compute]:
     memory as 1F1B's P. The ranks begin one after the other and end so: ``simulate`` gives both spans.
     """  # fmt: skip
     full = max(microbatches, 2 * ranks - 1)  # what the first triangle takes
-    words: list[Word] = [
-        *[F0] * (2 * (ranks - rank) - 1),
-        *[F1, F0] * rank,
-        *[F1, I1, OLDEST] * (ranks - rank),
-        *[F0, I0, OLDEST, F1, I1, OLDEST] * (full - 2 * ranks + rank + 1),
-        *[I0, OLDEST, F1, I1, OLDEST] * (ranks - rank - 1),
-        *[I0, I1] * rank,
-        *[I0, OLDEST] * (ranks - rank),
-        *[OLDEST] * (2 * rank),
+    phases: Phases = [
+        ([F0], 2 * (ranks - rank) - 1),
+        ([F1, F0], rank),
+        ([F1, I1, OLDEST], ranks - rank),
+        ([F0, I0, OLDEST, F1, I1, OLDEST], full - 2 * ranks + rank + 1),
+        ([I0, OLDEST, F1, I1, OLDEST], ranks - rank - 1),
+        ([I0, I1], rank),
+        ([I0, OLDEST], ranks - rank),
+        ([OLDEST], 2 * rank),
     ]
-    return _kept(_numbered(words, (rank, 2 * ranks - 1 - rank), (0, 0)), microbatches)
+    return _numbered(phases, (rank, 2 * ranks - 1 - rank), (range(microbatches),) * 2)
 
 
 def dualpipe(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -117,8 +118,9 @@ def dualpipe(rank: int, ranks: int, microbatches: int) -> list[Compute]:
     Bubble (P/2-1)(F&B+B-3W), P + 1 micro-batches alive, two copies of the parameters.
     """  # fmt: skip
     near, each = min(rank, ranks - 1 - rank), microbatches // 2
-    firsts = (0, each) if rank == near else (each, 0)
-    return _numbered(_phases(near, ranks // 2, each), (near, ranks - 1 - near), firsts)
+    ways = range(each), range(each, microbatches)
+    phases = _eight(near, ranks // 2, each)
+    return _numbered(phases, (near, ranks - 1 - near), ways if rank == near else ways[::-1])
 
 
 def dualpipev(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -129,7 +131,8 @@ def dualpipev(rank: int, ranks: int, microbatches: int) -> list[Compute]:
 
     Bubble (P-1)(F&B+B-3W), 2P + 1 half-sized micro-batches alive; F, B, W and F&B are those of one of the 2P stages.
     """  # fmt: skip
-    return _numbered(_phases(rank, ranks, microbatches), (rank, 2 * ranks - 1 - rank), (0, 0))
+    phases = _eight(rank, ranks, microbatches)
+    return _numbered(phases, (rank, 2 * ranks - 1 - rank), (range(microbatches),) * 2)
 
 
 def evaluate(stage_map: StageMap, microbatches: int) -> Schedule:
@@ -147,70 +150,91 @@ def evaluate(stage_map: StageMap, microbatches: int) -> Schedule:
     return Schedule("evaluate", ranks, microbatches, len(stage_map.holders_of), tuple(map(tuple, lists)))
 
 
-Word = tuple[Op, int] | tuple[tuple[Op, int], tuple[Op, int]]  # an op of one of a rank's two stages, or a pair of them
+Word = tuple[Op, int]  # an op of one of a rank's two stages
+Words = list[Word | tuple[Word, Word]]  # or an overlapped pair
+Phases = list[tuple[Words, int]]  # words, and how often they are repeated
 F0, F1, B0, B1, I0, I1 = ((op, which) for op in (F, B, I) for which in (0, 1))
 OLDEST = (W, 0)  # the weight gradient that has waited longest
 
 
-def _phases(near: int, half: int, each: int) -> list[Word]:
-    """DualPipe's eight phases on rank ``near`` of a half, ``each`` micro-batches a way; way 0 enters here."""
-    ahead, pair = half - 1 - near, [(F0, B1), (F1, B0)]
-    first = [*pair] if ahead else [F0, B1, (F1, B0)]  # in the middle both directions arrive at once
+def _eight(near: int, half: int, each: int) -> Phases:
+    """DualPipe's eight phases on rank ``near`` of a half, ``each`` micro-batches a way; way 0 enters from this half."""
+    ahead = half - 1 - near
+    meet: Words = [(F0, B1), (F1, B0)] if ahead else [F0, B1, (F1, B0)]  # in the middle both ways arrive at once
+    full: Words = [B1, B0] * (near + 1)
+    split: Words = [I1, I0] * (near + 1)
     return [
-        *[F0] * (2 * ahead),
-        *[F0, F1] * (near + 1),
-        *[I1, OLDEST, F1] * ahead,
-        *first,
-        *pair * (each - 2 * half + near),
-        *[B1, (F1, B0)] * ahead,
-        *([B1, B0] * (near + 1))[: near + 1],
-        *([I1, I0] * (near + 1))[near + 1 :],
-        *[OLDEST, I0] * ahead,
-        *[OLDEST] * (near + 1),
+        ([F0], 2 * ahead),
+        ([F0, F1], near + 1),
+        ([I1, OLDEST, F1], ahead),
+        (meet, 1),
+        ([(F0, B1), (F1, B0)], each - 2 * half + near),
+        ([B1, (F1, B0)], ahead),
+        (full[: near + 1] + split[near + 1 :], 1),
+        ([OLDEST, I0], ahead),
+        ([OLDEST], near + 1),
     ]
 
 
-def _numbered(words: Iterable[Word], stages: tuple[int, int], firsts: tuple[int, int]) -> list[Compute]:
-    """The words for a rank's two ``stages``, each op counting its micro-batches from ``firsts`` on."""
-    forward, backward = list(firsts), list(firsts)
+def _numbered(phases: Phases, stages: tuple[int, int], ways: tuple[range, ...]) -> list[Compute]:
+    """The phases for a rank's two ``stages``: a word takes the next micro-batch of its way, while there is one."""
+    ahead, back = [iter(way) for way in ways], [iter(way) for way in ways]
+    streams = {
+        (op, which): map(Action, repeat(op), repeat(stages[which]), (ahead if op is F else back)[which])
+        for op, which in (F0, F1, B0, B1, I0, I1)
+    }
     waiting: deque[Action] = deque()
 
-    def number(op: Op, which: int) -> Action:
-        if op is W:
-            return waiting.popleft()
-        counts = forward if op is F else backward
-        action = Action(op, stages[which], counts[which])
-        counts[which] += 1
-        if op is I:
-            waiting.append(action._replace(op=W))
+    def number(word: Word) -> Action | None:
+        if word is OLDEST:
+            return waiting.popleft() if waiting else None
+        action = next(streams[word], None)
+        if action and action.op is I:
+            waiting.append(Action(W, action.stage, action.microbatch))
         return action
 
-    return [number(*word) if isinstance(word[0], Op) else Overlap(number(*word[0]), number(*word[1])) for word in words]
+    order: list[Compute] = []
+    for words, count in phases:
+        for _ in range(count):
+            length = len(order)
+            for word in words:
+                order += _join(number(word)) if isinstance(word[0], Op) else _join(*map(number, word))
+            if len(order) == length:  # all that is left of the phase are micro-batches that are made up
+                break
+    return order
 
 
-def _alternate(forwards: Sequence[Action], backwards: Sequence[Action], ahead: int) -> list[Compute]:
+def _join(forward: Action | None, backward: Action | None = None) -> tuple[Compute, ...]:
+    """A pair, or what there is of it."""
+    if forward and backward:
+        return (Overlap(forward, backward),)
+    action = forward or backward
+    return (action,) if action else ()
+
+
+def _alternate(forwards: Gapped, backwards: Gapped, ahead: int) -> list[Compute]:
     """``ahead`` forwards, then a forward and a backward in turns while there are any, then the other backwards."""
     turns = zip_longest(forwards[ahead:], backwards)
-    return [*forwards[:ahead], *(action for turn in turns for action in turn if action is not None)]
+    return [action for action in chain(forwards[:ahead], *turns) if action is not None]
 
 
-def _rounds(rank: int, ranks: int, microbatches: int, virtual: int) -> tuple[list[Action], list[Action], int]:
-    """Forwards and backwards of a rank in a loop, in rounds, and how many forwards are ahead of the first backward."""
-    full = max(microbatches, ranks)
-    rounds = [span(full, full // ranks, place) for place in range(full // ranks)]
+def _rounds(rank: int, ranks: int, microbatches: int, virtual: int) -> tuple[Gapped, Gapped, int]:
+    """Forwards and backwards of a rank in a loop, in rounds, and how many forwards are ahead of the first backward.
+
+    A round has P micro-batches at least: where there are not as many, the others are gaps.
+    """
+    rounds = [
+        span(microbatches, max(1, microbatches // ranks), place) for place in range(max(1, microbatches // ranks))
+    ]
     stages = [chunk * ranks + rank for chunk in range(virtual)]
-    forwards = [Action(F, stage, i) for each in rounds for stage in stages for i in each]
-    backwards = [Action(B, stage, i) for each in rounds for stage in reversed(stages) for i in each]
-    return forwards, backwards, 2 * (ranks - 1 - rank) + (virtual - 1) * max(map(len, rounds))
-
-
-def _kept(order: list[Compute], microbatches: int) -> list[Compute]:
-    """Without the actions of micro-batches that were made up; what is left of a pair stands alone."""
-    kept: list[Compute] = []
-    for compute in order:
-        real = [action for action in parts(compute) if action.microbatch < microbatches]
-        kept += [compute] if len(real) == 2 else real
-    return kept
+    forwards: list[Action | None] = []
+    backwards: list[Action | None] = []
+    for each in rounds:
+        gap = [None] * (ranks - len(each))
+        for stage, last in zip(stages, reversed(stages), strict=True):
+            forwards += [*(Action(F, stage, i) for i in each), *gap]
+            backwards += [*(Action(B, last, i) for i in each), *gap]
+    return forwards, backwards, 2 * (ranks - 1 - rank) + (virtual - 1) * max(ranks, *map(len, rounds))
 
 
 class Route(StrEnum):
