@@ -37,12 +37,9 @@ def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
 
 def open_shared_text(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Text:
     """``open_text`` on every rank: rank 0 prepares and checks, then the others open what it made. Collective."""
-    if mesh.rank == 0:
-        text = open_text(config, report)
-        wait_for_all(mesh)
-        return text
+    text = open_text(config, report) if mesh.rank == 0 else None
     wait_for_all(mesh)
-    return open_text(replace(config, data=replace(config.data, verify_gigabytes=0.0)), report)
+    return text or open_text(replace(config, data=replace(config.data, verify_gigabytes=0.0)), report)
 
 
 def _pack(config: TrainConfig, tokens: TokenFile, seed: int) -> Batches:

@@ -4,40 +4,22 @@ A call is named by file, function, what is called, and which of such calls in th
 call and no other goes wrong, in the same way on every rank, so that nothing hangs and only numbers can tell.
 """
 
-import ast
 import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from sites import Site, find_calls
 from torch import Tensor
 
 from parallel.collectives import Pending
 from parallel.mesh import Mesh
 from parallel.topology import Axis
 from parallel.traffic import Traffic
-
-ROOT = Path(__file__).parents[2]
-FILES = ("parallel", "training/slab.py", "training/native.py")
-COLLECTIVES = {
-    *("all_gather", "sum_scatter", "all_to_all", "all_reduce"),  # parallel/collectives.py
-    *("reduce_pieces", "gather_pieces", "_exchange"),  # parallel/reduce.py
-    *("dist.all_gather", "dist.all_gather_single", "dist.reduce_scatter", "dist.reduce_scatter_single"),
-    *("dist.all_to_all", "dist.all_to_all_single", "dist.all_reduce", "dist.broadcast", "dist.batch_isend_irecv"),
-}
-
-
-class Site(NamedTuple):
-    """A call of a collective."""
-
-    file: str
-    function: str  # qualified
-    callee: str  # as written there
-    index: int = 0  # among the same calls of the function
+from training.chunk import Chunk
 
 
 class Break(NamedTuple):
@@ -46,31 +28,7 @@ class Break(NamedTuple):
     site: Site
     kind: str  # a key of KINDS
     ranks: int = 2  # 2: tp and ep over the same two; 4: dp as well
-
-
-def find_sites() -> dict[Site, range]:
-    """Every call of a collective in ``FILES``, and its lines."""
-    sites: dict[Site, range] = {}
-    paths = [
-        path for name in FILES for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
-    ]
-    for path in sorted(paths):
-        for function, call in _calls(ast.parse(path.read_text()), ""):
-            callee = ast.unparse(call.func)
-            if callee in COLLECTIVES:
-                file = str(path.relative_to(ROOT))
-                index = sum(1 for site in sites if site[:3] == (file, function, callee))
-                sites[Site(file, function, callee, index)] = range(call.lineno, (call.end_lineno or call.lineno) + 1)
-    return sites
-
-
-def _calls(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.Call]]:
-    """Calls in source order with the qualified name of the function around them."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Call):
-            yield inside, child
-        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
-        yield from _calls(child, f"{inside}.{child.name}".lstrip(".") if named else inside)  # type: ignore[attr-defined]
+    how: str = "native"  # what notices: a key of test_breaks.CASES, or of promises.PROMISES
 
 
 class Overridden:
@@ -87,7 +45,7 @@ class Overridden:
 def planted(broken: Break, mesh: Mesh) -> Iterator[list[int]]:
     """Plants the break in this process. Yields a list that grows with every call that went wrong."""
     site, hits = broken.site, list[int]()
-    lines = find_sites()[site]
+    lines = find_calls(site.file)[site]
     module = importlib.import_module(site.file.removesuffix(".py").replace("/", "."))
     owner, _, name = site.callee.rpartition(".")
     original = getattr(dist if owner else module, name)
@@ -196,6 +154,58 @@ def scale_received(factor: float) -> Call:
     return broken
 
 
+def double_in_place(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **options: Any) -> None:
+    """The sum is taken twice."""
+    call(tensor, *args, **options)
+    tensor.mul_(2)
+
+
+def keep_own(mesh: Mesh, call: Call, tensor: Tensor, *args: Any) -> Tensor:
+    """Every rank takes its share for the sum."""
+    return tensor
+
+
+def count_twice(mesh: Mesh, call: Call, tensor: Tensor, *args: Any) -> Tensor:
+    """The sum is taken twice."""
+    total: Tensor = call(tensor, *args)
+    return total.mul_(2)
+
+
+def take_wrong_axis(mesh: Mesh, call: Call, tensor: Tensor, _: Mesh, axis: Axis = Axis.world) -> Any:
+    """Over dp instead of all, or the other way round."""
+    return call(tensor, mesh, Axis.stage if axis is Axis.dp else Axis.dp)
+
+
+def hear_nothing(mesh: Mesh, call: Call, *args: Any) -> Any:
+    """No rank has said anything."""
+    return torch.zeros_like(args[0]) if isinstance(args[0], Tensor) else False
+
+
+def send_wrong(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **options: Any) -> None:
+    """Something else is sent."""
+    call(tensor + 1, *args, **options)
+
+
+def receive_nothing(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **options: Any) -> None:
+    """Zeros arrive."""
+    call(tensor, *args, **options)
+    tensor.zero_()
+
+
+def leave_first_moments(mesh: Mesh, call: Call, own: list[Chunk], *args: Any) -> None:
+    """Experts move without their first moments."""
+    kept = [chunk.tensor.clone() for chunk in own]
+    call(own, *args)
+    for chunk, tensor in zip(own, kept, strict=True):
+        if chunk.name.startswith("m/"):
+            chunk.tensor.copy_(tensor)
+
+
+def travel_the_other_way(mesh: Mesh, call: Call, rows: Tensor, came_from: Tensor, _: Mesh) -> Any:
+    """The permutation is taken for its inverse."""
+    return call(rows, came_from.argsort(), mesh)
+
+
 def work(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Any:
     """As it should."""
     return call(*args, **options)
@@ -215,4 +225,13 @@ KINDS: dict[str, Call] = {
     "lost": lose,
     "received doubled": scale_received(2),
     "received averaged": scale_received(0.5),
+    "doubled in place": double_in_place,
+    "own alone": keep_own,
+    "counted twice": count_twice,
+    "wrong axis": take_wrong_axis,
+    "unheard": hear_nothing,
+    "sent wrong": send_wrong,
+    "received nothing": receive_nothing,
+    "first moments stay": leave_first_moments,
+    "the other way": travel_the_other_way,
 }

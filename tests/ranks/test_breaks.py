@@ -1,26 +1,39 @@
 """No collective can go wrong unnoticed: each has a fault planted in it, and the proof must fail.
 
-The control plants a call that works as it should: then the same proof must pass.
+What is no part of the numbers that a proof compares has a promise instead (promises.py), which must be seen broken. The
+controls plant a call that works as it should: then the same proof must pass, and the same promise be kept.
 """
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from breaks import KINDS, Break, Site, find_sites, planted
+from breaks import KINDS, Break, planted
+from promises import PROMISED, Stand, gather_the_plain_weights, keep, make
+from sites import UNSEEN, Site, find_sites, find_unseen
 from small_models import make_config
+from small_runs import write_text
 from spawn import run_ranks
+from torch.distributed.tensor import DTensor
 
 from parallel import collectives, reduce
+from parallel.config import EngineName
 from parallel.mesh import Mesh
 from parallel.topology import Axis, Topology
 from parallel.traffic import Traffic
+from training import fsdp2
 from training.config import OptimizerConfig
 from training.proof.case import Case
 from training.proof.plain import trace_plain
 from training.proof.prove import prove
 from training.proof.report import Report
+from training.setup import set_up
 
 TENSOR, EXCHANGE, LOSS = "parallel/tensor.py", "parallel/exchange.py", "parallel/loss.py"
 COLLECTIVES, REDUCE, SLAB = "parallel/collectives.py", "parallel/reduce.py", "training/slab.py"
+MICROBATCHES, FSDP2, MOVE = "training/microbatches.py", "training/fsdp2.py", "training/move.py"
 CROSS_ENTROPY = "VocabularyCrossEntropyFunction.forward"
 GATHER, SCATTER = Site(TENSOR, "_gather", "all_gather"), Site(TENSOR, "_scatter", "sum_scatter")
 TOTAL = Site(TENSOR, "_total", "all_reduce")
@@ -29,6 +42,13 @@ FORTH, BACK = Site(EXCHANGE, "AllToAll.forward", "all_to_all"), Site(EXCHANGE, "
 COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
 GRADIENTS, WEIGHTS = Site(SLAB, "Slab.reduce", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
+COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
+NORM, ZERO_NORM = (
+    Site("training/native.py", "Native._measure_norm", "sum_over"),
+    Site("training/zero.py", "DeepSpeed.step", "sum_over"),
+)
+REPLICATED, FSDP2_NORM = (Site(FSDP2, f"Fsdp2.{of}", "dist.all_reduce") for of in ("finished", "_measure_norm"))
+PARTS, TRAVEL = Site(MOVE, "_move", "dist.all_reduce"), Site(MOVE, "_travel", "all_to_all")
 
 BREAKS = [
     *(Break(GATHER, kind, ranks) for kind, ranks in (("skipped", 2), ("doubled", 2), ("wrong group", 4))),
@@ -51,38 +71,67 @@ BREAKS = [
     Break(Site(COLLECTIVES, "all_reduce", "dist.all_reduce"), "left alone"),
     Break(Site(COLLECTIVES, "_reduce_scatter", "dist.reduce_scatter_single"), "erased"),
     Break(Site(COLLECTIVES, "_exchange_and_add", "dist.all_to_all_single"), "erased"),
+    Break(Site("training/agree.py", "sum_over", "dist.all_reduce"), "left alone"),
+    *(Break(COUNT, kind, ranks) for kind, ranks in (("own alone", 4), ("counted twice", 2), ("wrong axis", 2))),
+    *(Break(TOTALS, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
+    *(Break(NORM, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
+    *(Break(ZERO_NORM, kind, how="zero1") for kind in ("own alone", "counted twice")),
+    *(Break(REPLICATED, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
+    *(Break(FSDP2_NORM, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
+    *(Break(PARTS, kind, 4, how="moving") for kind in ("left alone", "doubled in place", "wrong group")),
+    *(Break(TRAVEL, kind, how="moving") for kind in ("skipped", "doubled", "swapped splits")),
 ]
-CONTROLS = [Break(site, "nothing") for site in (GATHER, FORTH, ADD)]
+MOVES = [  # faults of what is sent, not of the sending
+    Break(Site(MOVE, "move_experts", "_move"), "first moments stay", how="moving"),
+    Break(Site(MOVE, "_move", "_travel"), "the other way", how="moving"),
+]
+CONTROLS = [
+    *(Break(site, "nothing") for site in (GATHER, FORTH, ADD)),
+    *(
+        Break(site, "nothing", how=how)
+        for site, how in ((FSDP2_NORM, "fsdp2"), (ZERO_NORM, "zero1"), (TRAVEL, "moving"))
+    ),
+    *(Break(site, "nothing", 4, how) for site, how in ((REPLICATED, "fsdp2"), (PARTS, "moving"))),
+]
+CASES: dict[str, dict[str, Any]] = {
+    "native": {},
+    "fsdp2": {"engine": EngineName.fsdp2},
+    "zero1": {"engine": EngineName.zero1},
+    "moving": {"rebalance": True, "steps": 3},
+}
 # What other backends than gloo use: with equal pieces gloo can do it as well.
 PIECES = [
     Break(Site(REDUCE, "_reduce_scatter", "dist.reduce_scatter"), "left alone"),
     Break(Site(REDUCE, "_all_gather", "dist.all_gather"), "left alone"),
 ]
+KEPT = [Break(broken.site, "nothing", how=broken.how) for broken in {b.how: b for b in PROMISED}.values()]
 Verdicts = dict[Break, tuple[Report, int]]
 
 
-def make_case(ranks: int) -> Case:
+def make_case(ranks: int, how: str) -> Case:
     """One step; tp and ep over the same two ranks, and dp over as many such pairs as there are.
 
     Sizes divide by tp: the same message then fits every group, and only its numbers are wrong."""
-    return Case(
+    case = Case(
         topology=Topology(dp=ranks // 2, tp=2, ep=2),
         model=make_config(num_layers=1, dense_layers=0, vocab_size=20, moe={"ffn": 6}),
         optimizer=OptimizerConfig(lr=1e-3, clip=0.3),
         steps=1,
     )
+    return replace(case, **CASES[how])
 
 
 def prove_broken(rank: int, world: int, breaks: list[Break]) -> Verdicts:
     """Every break on its own, and how often the broken call was made."""
-    case, verdicts = make_case(world), {}
-    mesh, reference = Mesh(case.topology, torch.device("cpu")), trace_plain(case)
+    cases = {how: make_case(world, how) for how in {broken.how for broken in breaks}}
+    references = {how: trace_plain(case) for how, case in cases.items()}
+    mesh, verdicts = Mesh(make_case(world, "native").topology, torch.device("cpu")), {}
     for broken in breaks:
         scatters = dict(collectives.SUM_SCATTER)
         if broken.site.function == "_reduce_scatter":
             collectives.SUM_SCATTER.clear()
         with planted(broken, mesh) as hits:
-            verdicts[broken] = (prove(case, mesh, reference), len(hits))
+            verdicts[broken] = (prove(cases[broken.how], mesh, references[broken.how]), len(hits))
         collectives.SUM_SCATTER.update(scatters)
     return verdicts
 
@@ -99,19 +148,59 @@ def move_pieces(rank: int, world: int, broken: Break) -> list[float]:
     return [*summed[2 * rank : 2 * rank + 2].tolist(), *copied.tolist()]
 
 
+def average_units(patch: pytest.MonkeyPatch) -> None:
+    """fully_shard divides its sums by the number of ranks, as it does unless told otherwise."""
+    patch.setattr(fsdp2, "FSDPModule", type(None))
+
+
+def average_partitions(patch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed does, as it does unless told otherwise."""
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    summing, told = stage_1_and_2.DeepSpeedZeroOptimizer, {"gradient_average": True}
+    patch.setattr(stage_1_and_2, "DeepSpeedZeroOptimizer", lambda *a, **options: summing(*a, **{**options, **told}))
+
+
+def lose_the_others_parts(patch: pytest.MonkeyPatch) -> None:
+    """What other ranks have of a DTensor does not arrive."""
+    patch.setattr(DTensor, "full_tensor", lambda self: self.to_local().new_zeros(self.shape))
+
+
+SPOILT = {"zero1": average_partitions, "fsdp2": average_units, "gather": lose_the_others_parts}
+
+
+def spoil_libraries(rank: int, world: int, folder: Path) -> dict[str, list[bool]]:
+    """Whether all is right: as it is, and spoilt. Two replicas, each with half of the experts."""
+    found, topology = {}, Topology(dp=2, ep=2)
+    mesh = Mesh(topology, torch.device("cpu"))
+    for what, spoil in SPOILT.items():
+        found[what] = []
+        for spoilt in (False, True):
+            with pytest.MonkeyPatch.context() as patch:
+                if spoilt:
+                    spoil(patch)
+                if what == "gather":
+                    setup = set_up(make(folder, EngineName.fsdp2), lambda line: None, mesh)
+                    found[what].append(gather_the_plain_weights(Stand(setup, folder)))
+                else:
+                    found[what].append(prove(replace(make_case(2, what), topology=topology), mesh).passed)
+    return found
+
+
 def name(broken: Break) -> str:
-    return f"{broken.site.function}-{broken.site.callee}{broken.site.index}-{broken.kind}"
+    return f"{broken.site.function}-{broken.site.callee}{broken.site.index}-{broken.kind}-{broken.how}{broken.ranks}"
 
 
 @pytest.fixture(scope="module")
 def verdicts() -> Verdicts:
     found: Verdicts = {}
     for ranks in (2, 4):
-        found |= run_ranks(prove_broken, ranks, [b for b in BREAKS + CONTROLS if b.ranks == ranks])[0]
+        some = [broken for broken in BREAKS + MOVES + CONTROLS if broken.ranks == ranks]
+        found |= run_ranks(prove_broken, ranks, some, timeout=110)[0]
     return found
 
 
-@pytest.mark.parametrize("broken", BREAKS, ids=name)
+@pytest.mark.parametrize("broken", BREAKS + MOVES, ids=name)
 def test_the_proof_notices(broken: Break, verdicts: Verdicts) -> None:
     report, calls = verdicts[broken]
     assert calls, "the call was never made"
@@ -131,7 +220,31 @@ def test_pieces_move_by_other_backends(broken: Break) -> None:
     assert all(moved != right[0] for moved in run_ranks(move_pieces, 2, broken))
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Break, tuple[bool, int]]]:
+    """What each rank saw."""
+    folder = tmp_path_factory.mktemp("promises")
+    write_text(folder)
+    return run_ranks(keep, 2, PROMISED + KEPT, folder)
+
+
+@pytest.mark.parametrize("broken", PROMISED + KEPT, ids=name)
+def test_promises_are_kept_and_seen_broken(broken: Break, kept: list[dict[Break, tuple[bool, int]]]) -> None:
+    assert sum(seen[broken][1] for seen in kept), "the call was never made"
+    assert all(seen[broken][0] for seen in kept) == (broken.kind == "nothing")
+
+
+def test_libraries_are_proved_as_well(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    found = run_ranks(spoil_libraries, 2, tmp_path)[0]
+    assert found == {what: [True, False] for what in SPOILT}
+
+
 def test_every_collective_has_a_break() -> None:
-    planned = {broken.site for broken in BREAKS + PIECES}
-    assert planned == set(find_sites())
-    assert {broken.kind for broken in BREAKS + CONTROLS + PIECES} == set(KINDS)
+    assert {broken.site for broken in BREAKS + PIECES + PROMISED} == find_sites()
+    assert {broken.kind for broken in BREAKS + MOVES + CONTROLS + PIECES + PROMISED} == set(KINDS)
+
+
+def test_what_sends_unseen_is_listed() -> None:
+    assert {(unseen.file, name) for unseen in UNSEEN for name in unseen.names} == find_unseen()
+    assert all(unseen.test in globals() for unseen in UNSEEN)

@@ -1,0 +1,152 @@
+"""Collectives whose results no proof compares: what each is there for, as a promise that a rank can check.
+
+Two ranks, dp=2 and ep=2. A promise returns whether this rank saw it kept; it is kept if all ranks say so.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from breaks import Break, planted
+from sites import Site
+from small_models import make_config
+from small_runs import make_run
+
+from configs.schema import TrainConfig
+from model.batch import Denominators, count_labels
+from model.build import build
+from parallel.config import EngineName, ParallelConfig
+from parallel.mesh import Mesh, connect, disconnect
+from parallel.topology import Topology
+from training.agree import wait_for_all
+from training.config import Precision
+from training.evaluate import count_sequences, evaluate
+from training.finish import Ending
+from training.gather import gather_whole, name_tensors
+from training.metrics import Record
+from training.setup import Setup, set_up
+from training.steps import run_steps
+from training.text import open_shared_text
+from training.view import SilentView
+
+PATIENCE = 1.0  # seconds that rank 0 keeps others waiting for
+
+
+class Stand(NamedTuple):
+    """What a promise is checked on."""
+
+    setup: Setup
+    folder: Path  # of its own, the same on all ranks
+
+
+def stop_together(stand: Stand) -> bool:
+    """When one rank is asked to stop, none takes another step."""
+    rank = stand.setup.mesh.rank
+    with Record(stand.folder / f"{rank}.jsonl") as record:
+        outcome = run_steps(stand.setup, record, SilentView(), lambda: rank == 1)
+    return outcome.ending is Ending.interrupted and outcome.last is None
+
+
+def measure_the_whole_split(stand: Stand) -> bool:
+    """An evaluation gives the loss of the plain model on all its sequences."""
+    config, held_out = stand.setup.config, stand.setup.text.held_out
+    batch = held_out.read(0, count_sequences(stand.setup))
+    plain = build(config.model, torch.float64, "cpu", config.run.seed)
+    depth = config.model.mtp.depth
+    total = plain(batch, Denominators((1.0,) * (1 + depth), 1.0)).sums[0].item()
+    return math.isclose(evaluate(stand.setup), total / count_labels(batch, depth)[0], rel_tol=1e-12)
+
+
+def gather_the_plain_weights(stand: Stand) -> bool:
+    """Rank 0 gets every tensor of the plain model."""
+    setup = stand.setup
+    plain = name_tensors(build(setup.config.model, torch.float64, "cpu", setup.config.run.seed))
+    dtypes = {name: tensor.dtype for name, tensor in plain.items()}
+    gathered = dict(gather_whole(setup.model, setup.shards, dtypes, setup.mesh))
+    return setup.mesh.rank != 0 or all(torch.equal(gathered[name], tensor) for name, tensor in plain.items())
+
+
+def wait_for_the_last(stand: Stand) -> bool:
+    """Nobody goes on before all are there."""
+    return stay_together(stand, lambda: wait_for_all(stand.setup.mesh))
+
+
+def open_what_rank_0_prepared(stand: Stand) -> bool:
+    """No rank opens the text before rank 0 has."""
+    return stay_together(stand, lambda: open_shared_text(stand.setup.config, print, stand.setup.mesh))
+
+
+def leave_together(stand: Stand) -> bool:
+    """Nobody leaves the group before all do."""
+    kept = stay_together(stand, disconnect)
+    mesh = stand.setup.mesh
+    connect(mesh.device, mesh.rank, mesh.topology.world, stand.folder / "again")
+    return kept
+
+
+def stay_together(stand: Stand, call: Callable[[], object]) -> bool:
+    """Whether ``call`` returns on rank 1 only once rank 0, which is late, has made it too."""
+    returned = stand.folder / "returned"
+    if stand.setup.mesh.rank == 1:
+        call()
+        returned.touch()
+        return True
+    deadline = time.monotonic() + PATIENCE
+    while not returned.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    early = returned.exists()
+    call()
+    return not early
+
+
+PROMISES: dict[str, Callable[[Stand], bool]] = {
+    "stop": stop_together,
+    "evaluate": measure_the_whole_split,
+    "gather": gather_the_plain_weights,
+    "wait": wait_for_the_last,
+    "open": open_what_rank_0_prepared,
+    "leave": leave_together,
+}
+AGREE, EVALUATE, COLLECT = "training/agree.py", "training/evaluate.py", "training/gather.py"
+WAIT, OPEN = Site(AGREE, "wait_for_all", "any_rank"), Site("training/text.py", "open_shared_text", "wait_for_all")
+LEAVE = Site("parallel/mesh.py", "disconnect", "dist.barrier")
+STOP, HEAR = Site("training/steps.py", "run_steps", "any_rank"), Site(AGREE, "any_rank", "sum_over")
+LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))
+SEND, RECEIVE = Site(COLLECT, "_collect", "dist.send"), Site(COLLECT, "_collect", "dist.recv")
+PROMISED = [
+    *(Break(site, "unheard", how="stop") for site in (STOP, HEAR)),
+    *(Break(site, kind, how="evaluate") for site in (LABELS, LOSS) for kind in ("own alone", "counted twice")),
+    Break(SEND, "sent wrong", how="gather"),
+    Break(RECEIVE, "received nothing", how="gather"),
+    Break(WAIT, "unheard", how="wait"),
+    Break(OPEN, "unheard", how="open"),
+    Break(LEAVE, "left alone", how="leave"),
+]
+
+
+def make(folder: Path, engine: EngineName = EngineName.native) -> TrainConfig:
+    """A step of 4 sequences, and an evaluation of 5 in rounds of 4."""
+    config = make_run(
+        folder,
+        model=make_config(vocab_size=264, mtp=1),
+        precision=Precision.fp64,
+        **{"steps": 1, "global_batch": 4, "micro_batch": 2, "eval_tokens": 5 * 16},
+    )
+    return replace(config, parallel=ParallelConfig(dp=2, ep=2, engine=engine))
+
+
+def keep(rank: int, world: int, breaks: list[Break], folder: Path) -> dict[Break, tuple[bool, int]]:
+    """Whether this rank saw the promise kept while each break was planted, and how often the broken call was made."""
+    kept = {}
+    for number, broken in enumerate(breaks):
+        setup = set_up(make(folder), lambda line: None, Mesh(Topology(dp=2, ep=2), torch.device("cpu")))
+        stand = Stand(setup, folder / str(number))
+        stand.folder.mkdir(exist_ok=True)
+        wait_for_all(setup.mesh)
+        with planted(broken, setup.mesh) as hits:
+            kept[broken] = (PROMISES[broken.how](stand), len(hits))
+    return kept
