@@ -168,7 +168,7 @@ def work_step(mesh: Any, options: list[str]) -> None:
 
 
 def work_exchange(mesh: Any, options: list[str]) -> None:
-    """A worker of the exchange: to the experts and back, and the bare all-to-all of the same rows."""
+    """A worker of the exchange: to the experts and back; its own all-to-alls alone; one row for every choice alone."""
     import torch
 
     from model.exchange import permute, unpermute
@@ -180,18 +180,31 @@ def work_exchange(mesh: Any, options: list[str]) -> None:
     torch.manual_seed(mesh.rank)
     tokens, experts = torch.randn(2048, 256).bfloat16(), torch.rand(2048, 16).topk(4).indices
     gates, exchange = torch.rand(2048, 4), ExpertExchange(16, 32, mesh)
-    rows, group = torch.randn(8192, 256).bfloat16(), mesh.group(Axis.ep, Traffic.tokens)
-    even = [len(rows) // mesh.degree(Axis.ep)] * mesh.degree(Axis.ep)
+    group, ranks = mesh.group(Axis.ep, Traffic.tokens), mesh.degree(Axis.ep)
+
+    def whole() -> None:
+        there, weights, layout = exchange.dispatch(tokens, experts, gates)
+        exchange.combine(unpermute(permute(there, layout.copies), weights, layout.copies), layout)
+
+    def bare(sent: list[int], received: list[int]) -> Callable[[], None]:
+        forth, back = (torch.randn(sum(rows), 256).bfloat16() for rows in (sent, received))
+
+        def run() -> None:
+            all_to_all(forth, sent, received, group).wait()
+            all_to_all(back, received, sent, group).wait()
+
+        return run
+
+    even = [8192 // ranks] * ranks
+    contenders = {
+        "step": whole,
+        "bare": bare(*exchange.dispatch(tokens, experts, gates).layout.home.splits.tolist()),
+        "every choice": bare(even, even),
+    }
     for line in sys.stdin:
         start = time.perf_counter()
         with torch.no_grad():
-            if line.strip() == "bare":
-                for _ in range(2):
-                    all_to_all(rows, even, even, group).wait()
-            else:
-                received, layout = exchange.dispatch(tokens, experts)
-                returned, home = exchange.combine(permute(received, layout), layout)
-                unpermute(returned, gates, home)
+            contenders[line.strip()]()
         report(seconds=time.perf_counter() - start)
 
 
@@ -227,11 +240,13 @@ def measure_steps(rounds: int, compiled: bool) -> None:
 def measure_exchange(rounds: int) -> None:
     for ranks in (2, 4):
         contender = Contender("exchange", {"dp": ranks, "ep": ranks}, 1, [])
-        pairs = [(contender.step()[0]["seconds"], contender.step("bare")[0]["seconds"]) for _ in range(rounds + 5)][5:]
-        whole, bare = (statistics.median(values) for values in zip(*pairs, strict=True))
+        lines = ("step", "bare", "every choice")
+        taken = [[contender.step(line)[0]["seconds"] for line in lines] for _ in range(rounds + 5)][5:]
+        whole, bare, every = (statistics.median(values) * 1e3 for values in zip(*taken, strict=True))
         print(
-            f"  exchange of 2048 x 4 rows a rank over ep={ranks}: {whole * 1e3:.1f} ms, "
-            f"{statistics.median(a / b for a, b in pairs):.2f} of two bare all-to-alls ({bare * 1e3:.1f} ms)"
+            f"  exchange of 2048 tokens x 4 choices a rank over ep={ranks}: {whole:.1f} ms; the same rows by two bare "
+            f"all-to-alls {bare:.1f} ms ({statistics.median(a / b for a, b, _ in taken):.2f}), a row for every choice "
+            f"{every:.1f} ms ({statistics.median(a / b for a, _, b in taken):.2f})"
         )
         contender.close()
 

@@ -5,7 +5,7 @@
 
 A segment maps a carry (a tuple of tensors) to the next carry. On one device the two comm segments move nothing. Each
 compute segment is an nn.Module entered through ``__call__``, so that hooks, recomputation and compilation apply to it.
-Shapes: x [B, S, H]; T = B * S tokens; K choices; rows [P, H] as in model/exchange.py.
+Shapes: x [B, S, H]; T = B * S tokens; K choices; rows [P, H] and R tokens arrived as in model/exchange.py.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.attention import Context, LatentAttention
 from model.config import ModelConfig
 from model.core import Core, attend
-from model.exchange import Exchange, Layout, LocalExchange, permute, unpermute
+from model.exchange import Arrived, Exchange, Layout, LocalExchange, permute, unpermute
 from model.experts import Experts, SwiGLU
 from model.recompute import runner
 from model.router import Router, Routing
@@ -50,15 +50,14 @@ class Dispatched(NamedTuple):
     """Tokens where their experts are."""
 
     attended: Attended
-    received: Tensor  # [R, H]
-    layout: Layout
+    arrived: Arrived
 
 
 class Computed(NamedTuple):
-    """Outputs of the experts; ``residual`` already holds the shared expert's."""
+    """What the experts made of the tokens that they got; ``residual`` already holds the shared expert's output."""
 
     residual: Tensor  # [B, S, H]
-    rows: Tensor  # [P, H]
+    mixed: Tensor  # [R, H] where the experts are, [T, H] once combined
     layout: Layout
     routing: Routing
 
@@ -108,7 +107,7 @@ class MLPSegment(nn.Module):
 
 
 class ExpertsSegment(nn.Module):
-    """Routed experts over the rows received, shared experts over the tokens that stayed."""
+    """Routed experts over the tokens that arrived, weighed and summed; shared experts over the tokens that stayed."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -122,20 +121,20 @@ class ExpertsSegment(nn.Module):
 
     def body(self, carry: Dispatched, context: Context) -> Computed:
         """What recomputation repeats."""
-        (residual, normed, routing), layout = carry.attended, carry.layout
+        (residual, normed, routing), (tokens, gates, layout) = carry
         assert routing is not None
-        rows = self.routed(permute(carry.received, layout), layout.ends, context.deferred)
+        rows = self.routed(permute(tokens, layout.copies), layout.ends, context.deferred)
+        mixed = unpermute(rows, gates, layout.copies)
         if self.shared is not None:
             residual = residual + self.shared(normed, context.deferred)
-        return Computed(residual, rows, layout, routing)
+        return Computed(residual, mixed, layout, routing)
 
 
 class MergeSegment(nn.Module):
-    """Weigh each token's expert outputs by its gates and add them to the residual stream."""
+    """Add what came back from the experts to the residual stream."""
 
     def forward(self, carry: Computed, context: Context) -> BlockOutput:
-        mixed = unpermute(carry.rows, carry.routing.gates, carry.layout)
-        return BlockOutput(carry.residual + mixed.view_as(carry.residual), carry.routing)
+        return BlockOutput(carry.residual + carry.mixed.view_as(carry.residual), carry.routing)
 
 
 class Block(nn.Module):
@@ -155,13 +154,13 @@ class Block(nn.Module):
     def dispatch(self, carry: Attended, context: Context) -> Dispatched:
         """Send tokens to their experts' ranks."""
         assert self.exchange is not None and carry.routing is not None
-        return Dispatched(carry, *self.exchange.dispatch(carry.normed.flatten(0, 1), carry.routing.experts))
+        tokens, (experts, gates, *_) = carry.normed.flatten(0, 1), carry.routing
+        return Dispatched(carry, self.exchange.dispatch(tokens, experts, gates))
 
     def combine(self, carry: Computed, context: Context) -> Computed:
         """Send expert outputs back to their tokens' ranks."""
         assert self.exchange is not None
-        rows, layout = self.exchange.combine(carry.rows, carry.layout)
-        return carry._replace(rows=rows, layout=layout)
+        return carry._replace(mixed=self.exchange.combine(carry.mixed, carry.layout))
 
     def segments(self) -> tuple[Segment, ...]:
         """The block as data, in order."""

@@ -35,7 +35,8 @@ def compile_segments(model: Transformer, backend: str | Callable[..., Any] = "in
 def _run(eager: Callable[..., Any], compiled: Callable[..., Any], carry: Any, context: Context) -> Any:
     """Through the compiled segment, unless the list or the cache in ``context`` would have to be compiled with it."""
     plain = context.deferred is None and context.cache is None
-    if isinstance(carry, Dispatched) and carry.layout.home is not None:
-        for tensor in (carry.received, carry.layout.source, carry.layout.slots):
+    if isinstance(carry, Dispatched) and (home := carry.arrived.layout.home) is not None:
+        tokens, gates, layout = carry.arrived
+        for tensor in (tokens, gates, *layout.copies, home.copies.source, home.copies.slots):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return (compiled if plain else eager)(carry, context)

@@ -87,7 +87,7 @@ def scale_expert_gradients(patch: Patch, factor: float) -> None:
 def cut_gates_off(patch: Patch, mesh: Mesh) -> None:
     """The exchange hands gates on without their gradient."""
     unpermute = block.unpermute
-    patch.setattr(block, "unpermute", lambda rows, gates, layout: unpermute(rows, gates.detach(), layout))
+    patch.setattr(block, "unpermute", lambda rows, gates, copies: unpermute(rows, gates.detach(), copies))
 
 
 def test_router_gradient_under_expert_parallelism() -> None:

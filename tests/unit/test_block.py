@@ -11,7 +11,7 @@ from model.attention import Context
 from model.batch import Losses
 from model.block import Block, Lane
 from model.build import initialise
-from model.exchange import Layout, lay_out
+from model.exchange import Arrived, Layout, LocalExchange
 from model.rope import tables
 from model.transformer import Transformer
 
@@ -68,12 +68,14 @@ def make_with_seams(**seams: Any) -> Transformer:
 class Reversed:
     """An exchange to a rank that holds the tokens in the opposite order, and back."""
 
-    def dispatch(self, tokens: Tensor, experts: Tensor) -> tuple[Tensor, Layout]:
-        return tokens.flip(0), lay_out(experts.flip(0), CONFIG.moe.experts, CONFIG.moe.pad)
+    def __init__(self) -> None:
+        self.local = LocalExchange(CONFIG.moe.experts, CONFIG.moe.pad)
 
-    def combine(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-        last = len(layout.slots) - 1
-        return rows, layout._replace(source=last - layout.source, slots=layout.slots.flip(0))
+    def dispatch(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Arrived:
+        return self.local.dispatch(tokens.flip(0), experts.flip(0), gates.flip(0))
+
+    def combine(self, mixed: Tensor, layout: Layout) -> Tensor:
+        return mixed.flip(0)
 
 
 def whole_square(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:

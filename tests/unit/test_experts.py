@@ -56,14 +56,13 @@ CHOICES = {
 
 def run(experts: Experts, choices: Tensor, source_of_padding: int | None = None) -> list[Tensor]:
     """Output and gradients of tokens, gates and weights."""
-    layout = lay_out(choices, EXPERTS, 4)
+    copies, ends, _ = lay_out(choices.flatten(), torch.arange(choices.numel()) // choices.shape[1], TOKENS, EXPERTS, 4)
     if source_of_padding is not None:
-        other = torch.full_like(layout.source, source_of_padding)
-        used = layout.slots.flatten()
-        layout = layout._replace(source=other.index_copy(0, used, layout.source[used]))
+        other = torch.full_like(copies.source, source_of_padding)
+        copies = copies._replace(source=other.index_copy(0, copies.slots, copies.source[copies.slots]))
     tokens = random(TOKENS, HIDDEN, seed=7).requires_grad_()
     gates = random(*choices.shape, seed=8).requires_grad_()
-    out = unpermute(experts(permute(tokens, layout), layout.ends), gates, layout)
+    out = unpermute(experts(permute(tokens, copies), ends), gates.flatten(), copies)
     inputs = (tokens, gates, *experts.parameters())
     return [out, *torch.autograd.grad(out, inputs, random(TOKENS, HIDDEN, seed=9))]
 
