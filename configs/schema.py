@@ -1,10 +1,11 @@
 """The whole configuration, assembled from the rooms' own dataclasses. Loads no torch.
 
 TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run
-RunConfig     what the launcher sees  TrainConfig + cluster
+RunConfig     what the launcher sees  TrainConfig + cluster, verify, proofs
 """
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from configs.cluster import ClusterConfig
 from model.config import ModelConfig
@@ -16,6 +17,14 @@ from training.ramp import batch_sizes
 from training.support import check as check_engine
 
 BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
+
+
+class Verify(StrEnum):
+    """What stands before a run of several ranks: a passed proof of its layout, made now where there is none, or not."""
+
+    auto = "auto"
+    require = "require"
+    skip = "skip"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,3 +59,5 @@ class RunConfig(TrainConfig):
     """What the launcher sees."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    verify: Verify = Verify.auto  # several ranks start with a passed proof; require: made before, skip: without
+    proofs: str | None = None  # the folder of passed proofs, which machines may share; null: in the user's cache

@@ -18,8 +18,6 @@ from launcher.console import Copy
 from launcher.logs import log_of
 from launcher.member import take_part
 
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-
 
 def main() -> int:
     """Trains. The exit code: 0 however the run ended, 2 for a user's mistake, 1 for a fault, 130 for Ctrl-C before."""
@@ -35,7 +33,7 @@ def _serve(path: Path) -> int:
     rank = ranks.discover(os.environ)
     assert rank is not None
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[variable] = LOOPBACK
+        os.environ[variable] = ranks.LOOPBACK
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
@@ -43,7 +41,7 @@ def _serve(path: Path) -> int:
             if sys.stdout.isatty():
                 log = stack.enter_context(log_of(path, rank.rank).open("w"))
                 stack.enter_context(redirect_stdout(cast(TextIO, Copy(sys.stdout, log))))
-            record(take_part)(folder.load_config(path), rank, lambda: path)
+            record(take_part)(folder.load_config(path), rank, lambda _: path)
     except ValueError as error:
         return 2 if cli.is_mistake(error) else 1
     except Exception:

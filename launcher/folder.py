@@ -3,6 +3,7 @@
 runs/<id>/config.yaml     the configuration, resolved
          command.txt      the command line, quoted for a shell
          versions.json    python, torch, packages, git revision, platform
+         proof.json       the proof that a run of several ranks started with, or that it had none
          metrics.jsonl    the record (training writes it)
          logs/rank0/ ...  what each rank printed, if there were several
          weights/         the final save (training writes it)
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from configs.schema import RunConfig
 from launcher.invocation import Invocation
@@ -44,12 +46,17 @@ class RunFolder:
         return str(last["ending"]) if last.get("kind") == "end" else None
 
 
-def create(config: RunConfig, invocation: Invocation) -> Path:
-    """Makes the folder of a new run and writes down what it is. ``ValueError`` if ``run.id`` is taken."""
+def create(config: RunConfig, invocation: Invocation, proof: dict[str, Any] | None = None) -> Path:
+    """Makes the folder of a new run and writes down what it is. ``ValueError`` if ``run.id`` is taken.
+
+    ``proof`` is what launcher/gate.py says of it; None where a run needs none.
+    """
     path = _claim(config)
     (path / "config.yaml").write_text(invocation.yaml)
     (path / "command.txt").write_text(shlex.join(invocation.command) + "\n")
     (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    if proof is not None:
+        (path / "proof.json").write_text(json.dumps(proof, indent=2) + "\n")
     return path
 
 

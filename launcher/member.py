@@ -1,11 +1,13 @@
 """One rank of several: it agrees with the others on one configuration and one folder, then trains.
 
     rank 0: its values -> every rank: the same, or where they differ -> rank 0: a folder, or a mistake -> every rank
+                                                                           once launcher/gate.py is content
 
 A few short values per rank, through the store where the ranks meet; nothing is trained before all have agreed.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
@@ -13,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.schema import RunConfig
-from launcher import cli, folder, ranks
+from launcher import cli, folder, gate, ranks
 from launcher.invocation import Invocation
 from launcher.logs import log_of
+from parallel.topology import Topology
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -23,22 +26,30 @@ if TYPE_CHECKING:
     from training.finish import Ending
 
 
+Maker = Callable[[Topology], Path]
+
+
 def join(config: RunConfig, rank: ranks.Rank, invocation: Invocation) -> "Ending":
     """Trains as a rank that somebody else started, torchrun for example; rank 0 is the one whose lines are seen.
 
-    Raises ValueError for a mistake on rank 0; on other ranks SystemExit, so that it is printed once.
+    Raises ValueError for a mistake on rank 0; on other ranks SystemExit, so that it is printed once. SystemExit on all
+    ranks, after a report of rank 0, if the layout's proof failed.
     """
     from torch.distributed.elastic.multiprocessing.errors import record
 
     made = []
 
-    def make() -> Path:
-        made.append(folder.create(config, invocation))
+    def make(topology: Topology) -> Path:
+        made.append(folder.create(config, invocation, gate.admit(config, topology, invocation)))
         print(f"run {made[0]}", flush=True)
         return made[0]
 
     try:
         ending = record(take_part)(config, rank, make, own_log=rank.rank > 0)
+    except gate.UnprovedError as error:
+        if rank.rank == 0:
+            print(error, file=sys.stderr)
+        raise SystemExit(1) from None
     except ValueError as error:
         if not cli.is_mistake(error):
             raise
@@ -51,11 +62,11 @@ def join(config: RunConfig, rank: ranks.Rank, invocation: Invocation) -> "Ending
     return ending
 
 
-def take_part(config: RunConfig, rank: ranks.Rank, make: Callable[[], Path], own_log: bool = False) -> "Ending":
+def take_part(config: RunConfig, rank: ranks.Rank, make: Maker, own_log: bool = False) -> "Ending":
     """Trains as one rank of several. Rank 0 makes the run's folder, by ``make``, once all have the same configuration.
 
     With ``own_log``, what is printed goes to the rank's log instead. Raises ValueError, on every rank the same, where
-    the configurations differ, do not fit the number of ranks, or ``make`` refuses.
+    the configurations differ, do not fit the number of ranks, or ``make`` refuses; so with its ``UnprovedError``.
     """
     from torch.distributed.rendezvous import rendezvous
 
@@ -88,8 +99,8 @@ def check_devices(config: RunConfig, rank: ranks.Rank) -> None:
         )
 
 
-def agree(store: "Store", config: RunConfig, rank: ranks.Rank, make: Callable[[], Path]) -> Path:
-    """The run's folder, once every rank is known to have rank 0's configuration. ValueError as in ``take_part``."""
+def agree(store: "Store", config: RunConfig, rank: ranks.Rank, make: Maker) -> Path:
+    """The run's folder, once every rank is known to have rank 0's configuration. Raises as ``take_part``."""
     if rank.rank == 0:
         store.set("values", ranks.describe(config))
         store.set("hash", ranks.identify(config))
@@ -101,22 +112,25 @@ def agree(store: "Store", config: RunConfig, rank: ranks.Rank, make: Callable[[]
     if rank.rank == 0:
         store.set("outcome", json.dumps(_decide(store, config, rank.world, make)))
     outcome = json.loads(store.get("outcome"))
-    if "mistake" in outcome:
+    if "folder" not in outcome:
         # The store may live in rank 0: it leaves last.
         store.set(f"read {rank.rank}", "yes")
         if rank.rank == 0:
             store.wait([f"read {other}" for other in range(rank.world)])
+        if "unproved" in outcome:
+            raise gate.UnprovedError(outcome["unproved"])
         raise ValueError(outcome["mistake"])
     return Path(outcome["folder"])
 
 
-def _decide(store: "Store", config: RunConfig, world: int, make: Callable[[], Path]) -> dict[str, str]:
+def _decide(store: "Store", config: RunConfig, world: int, make: Maker) -> dict[str, str]:
     for rank in range(world):
         verdict = store.get(f"verdict {rank}").decode()
         if verdict != "same":
             return {"mistake": verdict}
     try:
-        ranks.check_layout(config, world)
-        return {"folder": str(make())}
+        return {"folder": str(make(ranks.check_layout(config, world)))}
+    except gate.UnprovedError as error:
+        return {"unproved": str(error)}
     except ValueError as error:
         return {"mistake": str(error)}

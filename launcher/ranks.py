@@ -9,6 +9,7 @@ Whoever starts ranks (torchrun, Slurm's launchers, or this program itself, launc
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from parallel.config import ParallelConfig
 from parallel.rules import check
 from parallel.topology import Topology, arrange
 from training.ramp import batch_sizes
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of ranks that stay on one machine
 
 
 class Rank(NamedTuple):

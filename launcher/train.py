@@ -1,7 +1,7 @@
 """``shoestring train``: a run from its configuration to its summary.
 
 one process                 parallel.* asks for no more than one rank: trained here
-its own ranks               it asks for more: launcher/agent.py starts them on this machine
+its own ranks               it asks for more: launcher/gate.py asks for a proof, launcher/agent.py starts them here
 a rank of somebody else's   torchrun -m launcher.train ...: this process is one of several
 """
 
@@ -9,7 +9,7 @@ import os
 import sys
 
 from configs.schema import RunConfig
-from launcher import cli, folder, ranks
+from launcher import cli, folder, gate, ranks
 from launcher.invocation import Invocation
 
 SUMMARY = "train a model: prepare the text, run the steps, save weights, metrics and a sample"
@@ -17,21 +17,27 @@ CODES = {"finished": 0, "interrupted": 130, "diverged": 1}
 
 
 def run(config: RunConfig, invocation: Invocation) -> int:
-    """Trains in a new run folder. Exit code 0; 130 after Ctrl-C; 1 if loss or gradient were not finite for too long."""
+    """Trains in a new run folder. Exit code 0; 130 after Ctrl-C; 1 if loss or gradient were not finite for too long, or
+    if the layout's proof failed, without a folder."""
     rank = ranks.discover(os.environ)
     if rank is not None:
         from launcher.member import join
 
         return CODES[join(config, rank, invocation)]
-    world = ranks.check_layout(config, None).world
-    path = folder.create(config, invocation)
+    topology = ranks.check_layout(config, None)
+    try:
+        proof = gate.admit(config, topology, invocation)
+    except gate.UnprovedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    path = folder.create(config, invocation, proof)
     print(f"run {path}", flush=True)
     try:
         # Both load torch: only once the configuration is known to be good.
-        if world > 1:
+        if topology.world > 1:
             from launcher import agent
 
-            return agent.start(path, world) or CODES[folder.RunFolder(path).ending or "diverged"]
+            return agent.start(path, topology.world) or CODES[folder.RunFolder(path).ending or "diverged"]
         from training.loop import train
 
         return CODES[train(config, path, config.cluster.price_per_device_hour).ending]

@@ -1,76 +1,43 @@
 """``shoestring verify``: proves that a layout gives the plain model's numbers, before a run is trusted to it.
 
 The configuration is shrunk to a few seconds of float64 on this machine's processor (training/proof/shrink.py) and
-proved as docs/proof.md says. Ranks are forked from a server that has loaded torch once and meet through a file.
+proved as docs/proof.md says. A proof that passed is kept, and runs of its class of layout start with it.
 """
 
-import json
-import multiprocessing
+import os
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
 from configs.schema import RunConfig
-from launcher import cli
+from launcher import cli, gate, ranks, trial
 from launcher.invocation import Invocation
-from launcher.ranks import check_layout
-from parallel.topology import Topology
 
 SUMMARY = "prove that a layout gives the plain model's loss, gradients and weights; train nothing"
 
 
 def run(config: RunConfig, invocation: Invocation) -> int:
     """Prints a table for each case. Exit code 0 if all passed, 1 if one failed or a rank did."""
-    topology = check_layout(config, None)
+    if ranks.discover(os.environ) is not None:
+        raise ValueError(
+            "RANK in the environment: shoestring verify starts ranks of its own; call it once, without torchrun, and "
+            "give parallel.dp"
+        )
+    topology = ranks.check_layout(config, None)
     from training.proof.shrink import shrink
 
     shrunk = shrink(config, topology)
     for line in shrunk.unproved:
-        print(f"not proved  {line}")
-    passed = True
-    for name, case in shrunk.cases.items():
-        print(f"{write_degrees(case.topology)}, engine {case.engine}, {name}", flush=True)
-        verdict = start(case)
-        print(verdict["table"], flush=True)
-        passed = passed and verdict["passed"]
-    print("the numbers are those of the plain model" if passed else "the numbers are NOT those of the plain model")
-    return 0 if passed else 1
-
-
-def write_degrees(topology: Topology) -> str:
-    """The layout in words."""
-    return " ".join(f"{axis}={getattr(topology, axis)}" for axis in ("dp", "tp", "ep"))
-
-
-def start(case: Any) -> dict[str, Any]:
-    """Runs a case on ranks of its own: whether it passed, and the table, or the exception of a rank."""
-    from torch.multiprocessing.spawn import ProcessException, start_processes
-
-    multiprocessing.set_forkserver_preload(["training.proof.prove", "torch._dynamo"])
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        try:
-            start_processes(prove_rank, (case, folder), nprocs=case.topology.world, start_method="forkserver")
-        except ProcessException as error:
-            return {"passed": False, "table": str(error)}
-        return dict(json.loads((Path(folder) / "verdict.json").read_text()))
-
-
-def prove_rank(rank: int, case: Any, folder: str) -> None:
-    """One rank of a proof; rank 0 writes the verdict."""
-    import torch
-
-    from parallel.mesh import Mesh, connect, disconnect
-    from training.proof.prove import prove
-
-    torch.set_num_threads(1)
-    device = torch.device("cpu")
-    connect(device, rank, case.topology.world, Path(folder) / "store")
-    report = prove(case, Mesh(case.topology, device))
-    if rank == 0:
-        verdict = {"passed": report.passed, "table": str(report)}
-        (Path(folder) / "verdict.json").write_text(json.dumps(verdict))
-    disconnect()
+        print(f"not proved  {line}", flush=True)
+    verdicts = trial.start(shrunk.cases)
+    for name, verdict in verdicts.items():
+        case = shrunk.cases[name]
+        print(f"{gate.describe(case.topology, case.engine)}, {name}\n{verdict}")
+    said, proof = gate.settle(shrunk, verdicts, config)
+    print(
+        "the numbers are NOT those of the plain model" if proof is None else "the numbers are those of the plain model"
+    )
+    if proof is not None:
+        print(said)
+    return 0 if proof else 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from parallel.placement import Shard
 from training.config import OptimizerConfig
 from training.determinism import DTYPES
 from training.engine import STAGE, Engine
+from training.support import DEEPSPEED
 
 Shards = Mapping[str, Shard]
 Maker = Callable[[nn.Module, Shards, Mesh, OptimizerConfig, torch.dtype], Engine]
@@ -35,6 +36,14 @@ def build_engine(
 def hand_over(module: nn.Module, shards: Shards, mesh: Mesh, config: TrainConfig) -> Engine:
     """``build_engine`` as ``config`` has it."""
     return build_engine(config.parallel.engine, module, shards, mesh, config.optimizer, DTYPES[config.precision])
+
+
+def load_library(name: EngineName, device: str) -> None:
+    """Loads now what an engine on a type of device would load as it is built, which may take seconds: before a fork."""
+    if name in DEEPSPEED:
+        from training.partition import load
+
+        load(device)
 
 
 # Each engine's library is loaded with the first engine of its kind.

@@ -25,16 +25,24 @@ from training.pieces import Rectangle, find_rectangles
 from training.slab import Entry
 
 
-def connect(device: torch.device) -> None:
-    """Lets DeepSpeed talk through torch's process groups, without a word."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+def load(device: str) -> None:
+    """Loads DeepSpeed for a type of device, which takes seconds, without a word."""
+    os.environ.setdefault("DS_ACCELERATOR", device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what torch and DeepSpeed use of each other and of Python
         import deepspeed
         import deepspeed.runtime.zero.muon.muon_optimizer  # loads the compiler, as the first sum of gradients would
+        import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
         from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+
+
+def connect(device: torch.device) -> None:
+    """Lets DeepSpeed talk through torch's process groups."""
+    load(device.type)
+    import deepspeed
+
     # What torch now calls all_gather_single; DeepSpeed uses the former name.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)
     # It would compile collectives over shared memory at its first start on a CPU. They are for inference.

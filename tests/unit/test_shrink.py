@@ -70,8 +70,22 @@ def test_experts_move_where_the_run_moves_them(tmp_path: Path) -> None:
         assert all(("change ranks" in name) == (every > 0) for name in cases)
 
 
-def test_engines_that_cast_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", EngineName)
+def test_keeps_the_engine(tmp_path: Path, engine: EngineName) -> None:
     config: Any = make_run(tmp_path)
-    config.parallel = ParallelConfig(engine=EngineName.zero1)
-    with pytest.raises(ValueError, match=r"parallel\.engine=zero1 must be one of native, fsdp2 to be proved"):
-        shrink(config, Topology())
+    config.parallel = ParallelConfig(engine=engine)
+    assert {case.engine for case in shrink(config, Topology(dp=2)).cases.values()} == {engine}
+
+
+def test_learning_rates_and_sizes_share_a_proof(tmp_path: Path) -> None:
+    small = make_run(tmp_path, model=make_config(hidden=12, ffn=10, vocab_size=264), global_batch=16)
+    large = make_run(
+        tmp_path, model=make_config(hidden=48, ffn=50, vocab_size=1000), optimizer={"lr": 2e-2}, global_batch=32
+    )
+    assert shrink(small, Topology(dp=2)) == shrink(large, Topology(dp=2))
+    assert shrink(small, Topology(dp=2)) != shrink(small, Topology(dp=2, ep=2))
+
+
+def test_what_is_too_large_for_a_machine_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.tp=32 must be at most 16 .* verify=skip trains without"):
+        lower(Topology(tp=32), experts=0)

@@ -3,6 +3,7 @@
 kept        degrees, engine, heads, experts, groups, top_k, shared experts, router, prediction depth, recomputation,
             tied embeddings, optimizer, moves of experts, and what is left over when a width is divided among the ranks
 shrunk      layers to one of each kind; hidden sizes, vocabulary, and tokens of a sequence
+left out    names and the learning rate's size and schedule: configurations that differ in them alone have one proof
 lowered     above ``RANKS`` ranks dp first, and ep as far as it then has to be
 """
 
@@ -11,13 +12,11 @@ from typing import NamedTuple
 
 from configs.schema import TrainConfig
 from model.config import ModelConfig
-from parallel.config import EngineName
 from parallel.topology import Topology
-from training.config import MomentDtype
+from training.config import MomentDtype, RateConfig
 from training.proof.case import Case
 
 RANKS = 16
-PROVED = (EngineName.native, EngineName.fsdp2)
 TOKENS = 8  # of a sequence, at least
 
 
@@ -29,21 +28,20 @@ class Shrunk(NamedTuple):
 
 
 def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
-    """The cases that stand for ``config`` on ``topology``. ValueError for an engine that is not proved this way."""
-    engine = config.parallel.engine
-    if engine not in PROVED:
-        raise ValueError(
-            f"parallel.engine={engine} must be one of {', '.join(PROVED)} to be proved: others cast to float32, where "
-            "rounding hides mistakes"
-        )
+    """The cases that stand for ``config`` on ``topology``. ValueError for a layout that is too large: see ``lower``."""
     small, unproved = lower(topology, config.model.moe.experts)
     micro_batches = config.run.global_batch // (config.run.micro_batch * topology.dp)
     case = Case(
         topology=small,
         model=shrink_model(config.model, small.stage_size),
-        # Float64 has no bfloat16 moments; small buckets, so that there are many.
-        optimizer=replace(config.optimizer, moments=MomentDtype.master, bucket_bytes=4096),
-        engine=engine,
+        optimizer=replace(
+            config.optimizer,
+            lr=1e-3,
+            rate=RateConfig(),
+            moments=MomentDtype.master,  # float64 has no bfloat16 moments
+            bucket_bytes=4096,  # small, so that there are many
+        ),
+        engine=config.parallel.engine,
         micro_batch=min(config.run.micro_batch, 2),
         accumulation=min(max(micro_batches, 1), 2),
         length=small.cp * small.tp * max(2, TOKENS // (small.cp * small.tp)),
@@ -67,6 +65,7 @@ def shrink_model(model: ModelConfig, ranks: int) -> ModelConfig:
     a, dense = model.attention, min(model.dense_layers, 1)
     return replace(
         model,
+        name="proof",
         num_layers=dense + min(model.num_layers - model.dense_layers, 1),
         dense_layers=dense,
         hidden=reduce(model.hidden, 12),
@@ -95,7 +94,10 @@ def lower(topology: Topology, experts: int) -> tuple[Topology, list[str]]:
     if topology.world <= RANKS:
         return topology, []
     if topology.tp * topology.cp > RANKS:
-        raise ValueError(f"parallel.tp={topology.tp} must be at most {RANKS} to be proved on one machine")
+        raise ValueError(
+            f"parallel.tp={topology.tp} must be at most {RANKS} to be proved on one machine; "
+            "verify=skip trains without a proof"
+        )
     dp = max(d for d in range(1, topology.dp + 1) if topology.dp % d == 0 and d * topology.tp * topology.cp <= RANKS)
     stage = dp * topology.tp * topology.cp
     most = stage // 2 if topology.edp > 1 and stage > 1 else stage
