@@ -30,6 +30,7 @@ VERBS = {
     "train": "launcher.train",
     "params": "launcher.params",
     "layout": "launcher.layout",
+    "schedule": "launcher.schedule",
     "verify": "launcher.verify",
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",

@@ -28,6 +28,7 @@ EXAMPLES = {
     "shoestring train run=small --cfg job": "see what would run",
     "shoestring params run=deepseek_v3": "parameters and FLOPs without building the model",
     "shoestring layout run=small parallel.dp=4 parallel.tp=2 parallel.ep=4": "who is in which group of ranks",
+    "shoestring schedule name=zb_h1 ranks=4 microbatches=8": "what each rank of a pipeline does when",
     'eval "$(shoestring completion bash)"': "complete verbs, presets, keys and values (also zsh, fish)",
 }
 COMMENT = re.compile(r"^ {4}(\w+):.*? {2}# (.*)$", re.MULTILINE)

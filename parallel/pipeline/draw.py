@@ -138,7 +138,16 @@ def render(timeline: Timeline, width: int, colour: bool) -> list[str]:
         middles = middles[middles < end]
         lines.append(f"{'':{digits}} |{show(round(band * columns / scale, 6))}".removesuffix(".0"))
         lines += [f"{rank:>{digits}} |{_draw_row(timeline, rank, middles, (colour, full))}" for rank in ranks]
-    return lines
+    return [*lines, *_explain(timeline, colour, full)]
+
+
+def _explain(timeline: Timeline, colour: bool, full: bool) -> list[str]:
+    """What the colours of a picture in a terminal are, or its small letters."""
+    several = len(list_stages(timeline, 0)) > 1
+    if colour:
+        ops = " ".join(f"\x1b[38;5;16;48;5;{COLOURS[op][1][0]}m {meaning} \x1b[0m" for op, meaning in MEANING.items())
+        return [ops + (" lighter: a later stage of the rank" if several else "")]
+    return ["small letters: a later stage of the rank"] if several and not full else []
 
 
 def _shortest(timeline: Timeline) -> float:
