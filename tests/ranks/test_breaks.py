@@ -15,7 +15,7 @@ from promises import PROMISED, Stand, gather_the_plain_weights, keep, make
 from sites import UNSEEN, Site, find_sites, find_unseen
 from small_models import make_config
 from small_runs import write_text
-from spawn import run_ranks
+from spawn import RankError, run_ranks
 from torch.distributed.tensor import DTensor
 
 from parallel import collectives, reduce
@@ -39,7 +39,7 @@ GATHER, SCATTER = Site(TENSOR, "_gather", "all_gather"), Site(TENSOR, "_scatter"
 TOTAL = Site(TENSOR, "_total", "all_reduce")
 LARGEST, SUMS = Site(LOSS, CROSS_ENTROPY, "all_reduce", 0), Site(LOSS, CROSS_ENTROPY, "all_reduce", 1)
 FORTH, BACK = Site(EXCHANGE, "AllToAll.forward", "all_to_all"), Site(EXCHANGE, "AllToAll.backward", "all_to_all")
-COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
+COUNTS, CHOICES = (Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all", index) for index in range(2))
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
 GRADIENTS, WEIGHTS = Site(SLAB, "Slab.reduce", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
 COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
@@ -60,7 +60,7 @@ BREAKS = [
     *(Break(SUMS, kind, ranks) for kind, ranks in (("skipped", 2), ("averaged", 2), ("wrong group", 4))),
     *(Break(FORTH, kind) for kind in ("skipped", "doubled", "swapped splits")),
     *(Break(BACK, kind) for kind in ("skipped", "doubled", "averaged", "swapped splits")),
-    Break(COUNTS, "shuffled"),
+    *(Break(CHOICES, kind) for kind in ("skipped", "shuffled")),
     *(Break(ADD, kind) for kind in ("received doubled", "received averaged")),
     *(Break(COPY, kind) for kind in ("received doubled", "received averaged")),
     *(Break(GRADIENTS, kind, ranks) for kind, ranks in (("never started", 2), ("wrong group", 4))),
@@ -81,12 +81,13 @@ BREAKS = [
     *(Break(PARTS, kind, 4, how="moving") for kind in ("left alone", "doubled in place", "wrong group")),
     *(Break(TRAVEL, kind, how="moving") for kind in ("skipped", "doubled", "swapped splits")),
 ]
+LOUD = [Break(COUNTS, "shuffled")]  # what is sent with wrong sizes does not arrive: no number could be wrong
 MOVES = [  # faults of what is sent, not of the sending
     Break(Site(MOVE, "move_experts", "_move"), "first moments stay", how="moving"),
     Break(Site(MOVE, "_move", "_travel"), "the other way", how="moving"),
 ]
 CONTROLS = [
-    *(Break(site, "nothing") for site in (GATHER, FORTH, ADD)),
+    *(Break(site, "nothing") for site in (GATHER, FORTH, COUNTS, ADD)),
     *(
         Break(site, "nothing", how=how)
         for site, how in ((FSDP2_NORM, "fsdp2"), (ZERO_NORM, "zero1"), (TRAVEL, "moving"))
@@ -97,7 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "native": {},
     "fsdp2": {"engine": EngineName.fsdp2},
     "zero1": {"engine": EngineName.zero1},
-    "moving": {"rebalance": True, "steps": 3},
+    "moving": {"rebalance": True, "steps": 2},
 }
 # What other backends than gloo use: with equal pieces gloo can do it as well.
 PIECES = [
@@ -213,6 +214,12 @@ def test_a_planted_call_that_works_passes(control: Break, verdicts: Verdicts) ->
     assert calls and report.passed, report
 
 
+@pytest.mark.parametrize("broken", LOUD, ids=name)
+def test_wrong_sizes_end_the_run(broken: Break) -> None:
+    with pytest.raises(RankError, match="inLengthPerRank"):
+        run_ranks(prove_broken, 2, [broken])
+
+
 @pytest.mark.parametrize("broken", PIECES, ids=name)
 def test_pieces_move_by_other_backends(broken: Break) -> None:
     right = [[3.0, 3.0, 1.0, 1.0, 2.0, 2.0]] * 2
@@ -241,8 +248,8 @@ def test_libraries_are_proved_as_well(tmp_path: Path) -> None:
 
 
 def test_every_collective_has_a_break() -> None:
-    assert {broken.site for broken in BREAKS + PIECES + PROMISED} == find_sites()
-    assert {broken.kind for broken in BREAKS + MOVES + CONTROLS + PIECES + PROMISED} == set(KINDS)
+    assert {broken.site for broken in BREAKS + LOUD + PIECES + PROMISED} == find_sites()
+    assert {broken.kind for broken in BREAKS + LOUD + MOVES + CONTROLS + PIECES + PROMISED} == set(KINDS)
 
 
 def test_what_sends_unseen_is_listed() -> None:
