@@ -75,7 +75,8 @@ def serve(cases: "tuple[Case, ...]", folder: Path) -> None:
     import training.proof.prove  # noqa: F401
     from training.engines import load_library
 
-    load_library(cases[0].engine, "cpu")
+    for engine in {case.engine for case in cases}:
+        load_library(engine, "cpu")
     logging.disable(logging.CRITICAL)  # torch tells of ranks that it ends: the exception says more
     os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
     try:
