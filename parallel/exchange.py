@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from model.block import Block
 from model.exchange import Arrived, Copies, Home, Layout, collect, lay_out, permute
 from parallel.collectives import all_to_all
+from parallel.locality import count, look
 from parallel.mesh import Mesh, Traffic
 from parallel.topology import Axis
 
@@ -37,6 +38,7 @@ class Splits(NamedTuple):
 class Sending(NamedTuple):
     """What leaves this rank, sorted by the rank it goes to."""
 
+    touched: Tensor  # [T, n] int64, 1 where a token has experts on a rank
     copies: Copies  # of this rank's tokens, among the rows sent
     counts: Tensor  # [n, 2] int64, rows and choices for each rank
     order: Tensor  # [T K] int64, the choices in the order in which they leave
@@ -63,10 +65,14 @@ class ExpertExchange:
         """``experts`` in all; ep divides them."""
         self.experts, self.pad, self.ranks = experts, pad, mesh.degree(Axis.ep)
         self.places = torch.arange(experts, device=mesh.device)  # [E] int64, the slot of every expert
+        self._view = look(mesh.topology.group(mesh.rank, Axis.ep), mesh.rank, mesh.ranks_per_node, mesh.device)
+        self._travelled = torch.zeros(4, dtype=torch.int64, device=mesh.device)
         self._tokens, self._counts = mesh.group(Axis.ep, Traffic.tokens), mesh.group(Axis.ep, Traffic.counts)
 
     def dispatch(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Arrived:
         sending = sort(self.places.index_select(0, experts.flatten()).view_as(experts), self.experts, self.ranks)
+        if torch.is_grad_enabled():  # an evaluation is not counted
+            self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
         even = [1] * self.ranks
         received = all_to_all(sending.counts, even, even, self._counts).wait()  # [n, 2]
         sizes = torch.stack((sending.counts, received)).permute(2, 0, 1).cpu()  # [2, 2, n]
@@ -85,6 +91,11 @@ class ExpertExchange:
         assert home is not None
         sent, received = home.splits.tolist()
         return collect(AllToAll.apply(mixed, Splits(received, sent), self._tokens), home.copies)
+
+    def take_travelled(self) -> Tensor:
+        """What training has moved since this was last asked: [4], see ``parallel.locality.Travel``."""
+        travelled, self._travelled = self._travelled, torch.zeros_like(self._travelled)
+        return travelled
 
     def _lay_out(self, codes: Tensor, received: Tensor, rows: int) -> Layout:
         """``codes`` [C] of the choices received and counts [n, 2] from each rank, ``rows`` in all -> their layout."""
@@ -107,7 +118,7 @@ def sort(slots: Tensor, experts: int, ranks: int) -> Sending:
     choices = torch.zeros_like(rows).scatter_add_(0, flat, torch.ones_like(flat))
     order = flat.argsort(stable=True)
     codes = (by_rank.gather(1, rank) - (rows.cumsum(0) - rows)[rank]) * local + slots % local
-    return Sending(copies, torch.stack((rows, choices), 1), order, codes.flatten().index_select(0, order))
+    return Sending(touched, copies, torch.stack((rows, choices), 1), order, codes.flatten().index_select(0, order))
 
 
 def find_exchanges(model: nn.Module) -> dict[str, ExpertExchange]:
@@ -117,3 +128,9 @@ def find_exchanges(model: nn.Module) -> dict[str, ExpertExchange]:
         for name, block in model.named_modules()
         if isinstance(block, Block) and isinstance(block.exchange, ExpertExchange)
     }
+
+
+def take_travelled(model: nn.Module, mesh: Mesh) -> Tensor:
+    """What training has moved since this was last asked, over all layers of this rank: see ``ExpertExchange``."""
+    none = torch.zeros(4, dtype=torch.int64, device=mesh.device)
+    return sum((exchange.take_travelled() for exchange in find_exchanges(model).values()), none)

@@ -65,6 +65,8 @@ class Mesh:
         if dist.get_world_size() != topology.world:
             raise ValueError(f"the topology has {topology.world} ranks, but {dist.get_world_size()} were started")
         self.topology, self.device, self.rank = topology, device, dist.get_rank()
+        # What every launcher of torch says of a machine; without one, one machine has all ranks.
+        self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world))
         made: dict[tuple[tuple[int, ...], Traffic], dist.ProcessGroup] = {}
         self._groups: dict[tuple[Axis, Traffic], dist.ProcessGroup] = {}
         for axis, traffic in GROUPS:

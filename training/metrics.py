@@ -36,6 +36,9 @@ class StepRow:
     violation_mean: float  # and averaged over layers
     dead_experts: int  # experts, of all layers together, that got no token
     moved_experts: int  # experts, of all layers together, that changed ranks after the step
+    nodes_touched: float  # machines on which a token has experts in a layer, mean; 0 where experts are not spread
+    bytes_inside: int  # of tokens sent to experts on other ranks of a machine, one way, all layers and ranks
+    bytes_across: int  # the same to other machines
     skipped: bool  # loss or gradient were not finite: the weights have not moved
     peak_memory: int  # bytes
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch, Denominators, count_labels
+from model.transformer import Transformer
+from parallel.exchange import take_travelled
+from parallel.locality import Travel
 from parallel.mesh import Mesh
 from parallel.topology import Axis
 from training.agree import sum_over
@@ -60,3 +63,8 @@ def total_over_ranks(share: Totals, mesh: Mesh) -> Totals:
     vector = sum_over(torch.cat([part.double().flatten() for part in share]), mesh, Axis.stage)
     losses, aux, load = vector.split([part.numel() for part in share])
     return Totals(losses, aux[0], load.view(share.load.shape).long())
+
+
+def total_travel(model: Transformer, mesh: Mesh) -> Travel:
+    """How far the tokens of the micro-batches since the last call have travelled. Collective over the stage."""
+    return Travel(*sum_over(take_travelled(model, mesh), mesh, Axis.stage).tolist())

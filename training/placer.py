@@ -6,7 +6,6 @@ A router that limits a token to a few groups of experts does so to limit the nod
 node that it started on. Numbers do not change, only where they are computed.
 """
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -27,8 +26,6 @@ class Placer:
 
     def __init__(self, model: Transformer, shards: Mapping[str, Shard], engine: Engine, mesh: Mesh, every: int) -> None:
         """Moves every ``every`` steps, 0: never. All ranks move alike, for all have seen the same loads."""
-        # What every launcher of torch says of a machine; without one, one machine has all ranks.
-        self._local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.topology.world))
         self._model, self._shards, self._engine, self._mesh = model, shards, engine, mesh
         self._every, self._steps = every if mesh.degree(Axis.ep) > 1 else 0, 0
         self._load: Tensor | None = None
@@ -53,7 +50,7 @@ class Placer:
     def _plan(self, load: Tensor) -> tuple[dict[str, Tensor], int]:
         """Orders of the blocks whose experts move, and how many change ranks."""
         moe, ranks = self._model.config.moe, self._mesh.degree(Axis.ep)
-        nodes = max(1, ranks // self._local) if moe.groups > moe.top_groups else 1
+        nodes = max(1, ranks // self._mesh.ranks_per_node) if moe.groups > moe.top_groups else 1
         orders, moved = {}, 0
         for (name, exchange), counts in zip(find_exchanges(self._model).items(), load, strict=True):
             now = exchange.places.argsort()  # the expert in each slot

@@ -16,7 +16,7 @@ from parallel.topology import Axis
 from training.determinism import measure_peak_memory
 from training.evaluate import move
 from training.metrics import StepRow
-from training.microbatches import accumulate, count_denominators, total_over_ranks
+from training.microbatches import accumulate, count_denominators, total_over_ranks, total_travel
 from training.rates import rate
 from training.setup import Setup
 
@@ -35,6 +35,7 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
     if share is None:
         return None
     totals = total_over_ranks(share, mesh)
+    travel = total_travel(setup.model, mesh)
     losses = [loss / count for loss, count in zip(totals.losses.tolist(), denominators.tokens, strict=True)]
     lr = rate(config.optimizer, step, config.run.steps, setup.schedule)
     update = setup.engine.step(lr, finite=all(map(math.isfinite, losses)))
@@ -59,6 +60,9 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
         violation_mean=balance.max_violation.mean().item() if len(balance.max_violation) else 0.0,
         dead_experts=balance.dead_experts(),
         moved_experts=moved,
+        nodes_touched=travel.mean_nodes(),
+        bytes_inside=travel.inside,
+        bytes_across=travel.across,
         skipped=not update.applied,
         peak_memory=measure_peak_memory(mesh.device),
     )

@@ -84,6 +84,10 @@ def test_equals_one_process(text: Path, reference: Path, tmp_path: Path, topolog
         assert row["mtp_losses"] == pytest.approx(expected["mtp_losses"], rel=1e-11)
         for name in ("lr", "tokens", "cursor", "violation_worst", "violation_mean", "dead_experts", "skipped"):
             assert row[name] == expected[name], name
+        # All ranks are on one machine; a token goes to every other rank of its ep group at most, in each of 3 layers.
+        most = 3 * row["tokens"] * (topology.ep - 1) * 12 * 8
+        assert row["nodes_touched"] == (topology.ep > 1) and row["bytes_across"] == 0
+        assert (0 < row["bytes_inside"] <= most) if topology.ep > 1 else row["bytes_inside"] == 0
     evaluations, expected = (
         [row["loss"] for row in read(path / "metrics.jsonl", "eval")] for path in (folder, reference)
     )

@@ -145,3 +145,12 @@ def test_backends_are_those_of_torch() -> None:
     for device, backend in dist.Backend.default_device_backend_map.items():
         assert BACKENDS.get(device, backend) == backend
     assert set(BACKENDS.values()) - set(dist.Backend.backend_list) == {"hccl"}
+
+
+def test_a_node_has_the_ranks_that_a_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect(CPU)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert Mesh(Topology(), CPU).ranks_per_node == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert Mesh(Topology(), CPU).ranks_per_node == 8
+    disconnect()

@@ -31,6 +31,9 @@ def row(step: int = 0, **changes: Any) -> StepRow:
         "violation_mean": 0.25,
         "dead_experts": 0,
         "moved_experts": 0,
+        "nodes_touched": 1.5,
+        "bytes_inside": 1024,
+        "bytes_across": 512,
         "skipped": False,
         "peak_memory": 1 << 20,
     }
