@@ -1,7 +1,7 @@
 """From a schedule to programs: what a rank computes, with what it sends and receives in between.
 
-    rank 0   0F0 [0F0>1] 0F1 [0F1>1 1B0<1] 0B0 [1B1<1] 0B1
-    rank 1   [0F0<0] 1F0 1B0 [1B0>0 0F1<0] 1F1 1B1 [1B1>0]
+    rank 0   0F0 [0F0>1] 0F1 [0F1>1] [1B0<1] 0B0 0F2 [0F2>1 1B1<1] 0B1 [1B2<1] 0B2
+    rank 1   [0F0<0] 1F0 [0F1<0] 1B0 [1B0>0] 1F1 1B1 [0F2<0 1B1>0] 1F2 1B2 [1B2>0]
 
     [...]    an exchange: transfers that start together        2F5>3   stage 2's output of micro-batch 5, to rank 3
                                                                2B5<3   the gradient of stage 2's input, from rank 3

@@ -4,7 +4,7 @@ import re
 from random import Random
 
 import pytest
-from small_corruptions import (
+from corrupt_schedules import (
     Corrupt,
     cut_off,
     double_one,
