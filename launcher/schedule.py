@@ -31,7 +31,7 @@ MOST = 20_000_000  # actions: some minutes and 4 GB
 SMALL = 16  # ranks: up to here all are listed
 LISTED = 3000  # actions: up to here lists are printed whole
 BEGINNING = 20  # actions of a list that is cut
-TRACED = 200_000  # actions of a trace, about 40 MB
+TRACED = 100_000  # actions of a trace, about 20 MB
 # What a run's configuration calls these things, and what they are called here.
 WORDS = {
     "change run.micro_batch or run.global_batch": "change it by one",

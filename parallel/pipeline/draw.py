@@ -48,8 +48,10 @@ def cut(timeline: Timeline) -> Cut:
     count = sum(len(timeline.schedule.lists[rank]) for rank in ranks)
     words = [f"{len(ranks)} of {world} ranks"] if len(ranks) < world else []
     windows: tuple[tuple[float, float], ...] = ((0.0, end),)
-    if count > ACTIONS:
-        part = end * ACTIONS / count / 2
+    if count > ACTIONS:  # an action is shown if it starts before ``part`` or ends less than that before the end
+        slots = np.concatenate([np.arange(*timeline.table.offsets[rank : rank + 2]) for rank in ranks])
+        starts, ends = (times[slots].astype(float) for times in (timeline.starts, timeline.ends))
+        part = float(np.partition(np.minimum(starts, end - ends), ACTIONS)[ACTIONS])
         windows = ((0.0, part), (end - part, end))
         words.append(f"of the time the first and the last {part:.4g}")
     return Cut(ranks, windows, ", ".join(words))
@@ -162,9 +164,10 @@ def _room(timeline: Timeline, full: bool) -> int:
     return 1 + len(str(schedule.microbatches - 1)) + several * len(str(schedule.stages - 1))
 
 
-def _names(compute: Compute, stages: list[int]) -> list[str]:
-    """What to write on an action, the longest first; without the stage's number, small letters are a later stage's."""
-    letters = [str(part.op) if part.stage == stages[0] else part.op.lower() for part in parts(compute)]
+def _names(compute: Compute, stages: list[int], small: bool) -> list[str]:
+    """What to write on an action, the longest first; if ``small``, a later stage has small letters."""
+    later = [small and part.stage != stages[0] for part in parts(compute)]
+    letters = [part.op.lower() if last else str(part.op) for part, last in zip(parts(compute), later, strict=True)]
     numbered = [f"{letter}{part.microbatch}" for letter, part in zip(letters, parts(compute), strict=True)]
     return [str(compute), "&".join(numbered), letters[0] if len(letters) == 1 else "&"]
 
@@ -183,7 +186,7 @@ def _draw_row(timeline: Timeline, rank: int, middles: np.ndarray, style: tuple[b
             pieces.append((" " if colour else ".") * width)
             continue
         compute = timeline.schedule.lists[rank][slot]
-        names = _names(compute, stages)[not full or len(stages) == 1 :]
+        names = _names(compute, stages, small=not colour)[not full or len(stages) == 1 :]
         name = next((name for name in names if len(name) + (not colour) <= width), names[-1]).ljust(width)
         pieces.append(_paint(compute, name, stages) if colour else name)
     return "".join(pieces).rstrip()
