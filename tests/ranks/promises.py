@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from breaks import Break, planted
 from sites import Site
 from small_models import make_config
@@ -20,14 +21,18 @@ from configs.schema import TrainConfig
 from model.batch import Denominators, count_labels
 from model.build import build
 from parallel.config import EngineName, ParallelConfig
+from parallel.exchange import take_travelled
+from parallel.locality import Travel
 from parallel.mesh import Mesh, connect, disconnect
 from parallel.topology import Topology
 from training.agree import wait_for_all
 from training.config import Precision
+from training.engine import STAGE
 from training.evaluate import count_sequences, evaluate
 from training.finish import Ending
 from training.gather import gather_whole, name_tensors
 from training.metrics import Record
+from training.microbatches import total_travel
 from training.setup import Setup, set_up
 from training.steps import run_steps
 from training.text import open_shared_text
@@ -70,6 +75,17 @@ def gather_the_plain_weights(stand: Stand) -> bool:
     return setup.mesh.rank != 0 or all(torch.equal(gathered[name], tensor) for name, tensor in plain.items())
 
 
+def count_all_travel(stand: Stand) -> bool:
+    """How far tokens travelled is the sum of what all ranks saw."""
+    setup, rank = stand.setup, stand.setup.mesh.rank
+    batch, everyone = setup.text.train.read(2 * rank, 2), [torch.empty(0)] * setup.mesh.topology.world
+    denominators = Denominators((1.0,) * (1 + setup.config.model.mtp.depth), 1.0)
+    setup.engine.forward(STAGE, batch, denominators)
+    dist.all_gather_object(everyone, take_travelled(setup.model, setup.mesh))
+    setup.engine.forward(STAGE, batch, denominators)
+    return total_travel(setup.model, setup.mesh) == Travel(*torch.stack(everyone).sum(0).tolist())
+
+
 def wait_for_the_last(stand: Stand) -> bool:
     """Nobody goes on before all are there."""
     return stay_together(stand, lambda: wait_for_all(stand.setup.mesh))
@@ -107,6 +123,7 @@ PROMISES: dict[str, Callable[[Stand], bool]] = {
     "stop": stop_together,
     "evaluate": measure_the_whole_split,
     "gather": gather_the_plain_weights,
+    "travel": count_all_travel,
     "wait": wait_for_the_last,
     "open": open_what_rank_0_prepared,
     "leave": leave_together,
@@ -116,10 +133,12 @@ WAIT, OPEN = Site(AGREE, "wait_for_all", "any_rank"), Site("training/text.py", "
 LEAVE = Site("parallel/mesh.py", "disconnect", "dist.barrier")
 STOP, HEAR = Site("training/steps.py", "run_steps", "any_rank"), Site(AGREE, "any_rank", "sum_over")
 LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))
+TRAVELLED = Site("training/microbatches.py", "total_travel", "sum_over")
 SEND, RECEIVE = Site(COLLECT, "_collect", "dist.send"), Site(COLLECT, "_collect", "dist.recv")
 PROMISED = [
     *(Break(site, "unheard", how="stop") for site in (STOP, HEAR)),
     *(Break(site, kind, how="evaluate") for site in (LABELS, LOSS) for kind in ("own alone", "counted twice")),
+    *(Break(TRAVELLED, kind, how="travel") for kind in ("own alone", "counted twice")),
     Break(SEND, "sent wrong", how="gather"),
     Break(RECEIVE, "received nothing", how="gather"),
     Break(WAIT, "unheard", how="wait"),
