@@ -77,7 +77,7 @@ def interleaved_1f1b(rank: int, ranks: int, microbatches: int, virtual: int = 1)
 
 
 def interleaved_1f1b_overlap(rank: int, ranks: int, microbatches: int, virtual: int = 1) -> list[Compute]:
-    """Interleaved 1F1B whose steady state is made of overlapped pairs: one forward more is under way.
+    """Interleaved 1F1B whose steady state is made of overlapped pairs: one forward more is under way on each rank.
 
         1 rank, 1 stage      rank 0   0F0 0F1&0B0 0F2&0B1 0B2
     """  # fmt: skip

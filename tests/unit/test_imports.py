@@ -26,9 +26,15 @@ PLAIN = (
     "placement",
     "balance",
     "pipeline/action",
+    "pipeline/draw",
+    "pipeline/lower",
+    "pipeline/prove",
     "pipeline/schedules",
-    "pipeline/validate",
     "pipeline/simulate",
+    "pipeline/table",
+    "pipeline/text",
+    "pipeline/trace",
+    "pipeline/validate",
 )
 
 

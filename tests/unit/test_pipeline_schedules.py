@@ -9,6 +9,7 @@ from small_schedules import KINDS, allowed, every, run, sample
 
 from parallel.pipeline.action import Action, Op, Overlap, Schedule, StageMap, held, parts
 from parallel.pipeline.schedules import SCHEDULES, Route, check, evaluate, generate
+from parallel.pipeline.simulate import simulate
 from parallel.pipeline.validate import validate
 
 
@@ -166,6 +167,15 @@ def test_dualpipev_is_half_of_dualpipe() -> None:
 def test_one_rank_accumulates() -> None:
     assert " ".join(map(str, generate("1f1b", 1, 3).lists[0])) == "0F0 0B0 0F1 0B1 0F2 0B2"
     assert " ".join(map(str, generate("interleaved_1f1b_overlap", 1, 3).lists[0])) == "0F0 0F1&0B0 0F2&0B1 0B2"
+
+
+@pytest.mark.parametrize("name", ["interleaved_1f1b", "interleaved_1f1b_overlap"])
+def test_rounds_of_any_length_keep_the_bubble(name: str) -> None:
+    """(P-1)(F+B), F and B being those of one of a rank's stages, also where ranks do not divide micro-batches."""
+    for ranks, count in ((2, 3), (3, 3), (4, 7), (5, 12), (8, 17), (6, 33)):
+        for virtual in range(1, 5):
+            timeline = simulate(generate(name, ranks, count, virtual))
+            assert set(timeline.bubbles) == {3 * (ranks - 1)}
 
 
 def test_overlap_is_the_steady_state() -> None:
