@@ -48,7 +48,7 @@ def admit(config: RunConfig, topology: Topology, invocation: Invocation) -> dict
         )
     else:
         print(f"{layout} has no proof yet: proving it ... ", end="", flush=True)
-        proof = _prove(layout, shrunk, config)
+        proof = _prove(layout, shrunk, key, config)
     for line in shrunk.unproved:
         print(f"not proved  {line}", flush=True)
     return {"verify": str(config.verify), **proofs.write(proof), "unproved": shrunk.unproved}
@@ -59,12 +59,12 @@ def describe(topology: Topology, engine: str) -> str:
     return f"{' '.join(f'{axis}={getattr(topology, axis)}' for axis in ('dp', 'tp', 'ep'))}, engine {engine}"
 
 
-def _prove(layout: str, shrunk: "Shrunk", config: RunConfig) -> proofs.Proof:
+def _prove(layout: str, shrunk: "Shrunk", key: str, config: RunConfig) -> proofs.Proof:
     """Makes the proof and keeps it, and goes on with the line that was begun."""
     start = time.monotonic()
     verdicts = trial.start(shrunk.cases)
     seconds = time.monotonic() - start
-    said, proof = settle(shrunk, verdicts, config)
+    said, proof = settle(shrunk, key, verdicts, config)
     if proof is None:
         print(f"FAILED after {seconds:.1f} s", flush=True)
         raise UnprovedError(_report(layout, verdicts))
@@ -73,15 +73,20 @@ def _prove(layout: str, shrunk: "Shrunk", config: RunConfig) -> proofs.Proof:
 
 
 def settle(
-    shrunk: "Shrunk", verdicts: Mapping[str, trial.Verdict], config: RunConfig
+    shrunk: "Shrunk", key: str, verdicts: Mapping[str, trial.Verdict], config: RunConfig
 ) -> tuple[str, proofs.Proof | None]:
-    """Keeps the proof if it passed, else forgets an earlier one. Says where it is kept; None if it failed."""
+    """Keeps the proof if it passed, else forgets an earlier one. Says where it is kept; None if it failed.
+
+    ``key`` is the hash of the class before the proof: if it is another now, nobody knows what was proved.
+    """
     folder = proofs.locate(config.proofs)
     if not all(verdict.passed for verdict in verdicts.values()):
-        proofs.forget(folder, proofs.identify(shrunk.cases))
+        proofs.forget(folder, key)
         return "", None
     rows = {name: verdict.rows for name, verdict in verdicts.items()}
-    proof = proofs.describe(shrunk.cases, rows, shrunk.unproved)
+    proof = proofs.describe(key, shrunk.cases, rows, shrunk.unproved)
+    if proofs.identify(shrunk.cases) != key:
+        return "not recorded: the sources changed meanwhile", proof
     return proofs.keep(folder, proof), proof
 
 

@@ -87,12 +87,12 @@ def list_versions(cases: "Mapping[str, Case]") -> dict[str, str]:
     return {name: version(name) for name in ("torch", "deepspeed") if name == "torch" or deepspeed}
 
 
-def describe(cases: "Mapping[str, Case]", rows: Mapping[str, Rows], unproved: list[str]) -> Proof:
-    """What is kept of a proof that has just passed."""
+def describe(key: str, cases: "Mapping[str, Case]", rows: Mapping[str, Rows], unproved: list[str]) -> Proof:
+    """What is kept of a proof that has just passed; ``key`` is the hash of its class."""
     case = next(iter(cases.values()))
     date = datetime.now(UTC).isoformat(timespec="seconds")
     topology, versions = asdict(case.topology), list_versions(cases)
-    return Proof(identify(cases), date, topology, str(case.engine), versions, tuple(unproved), dict(rows))
+    return Proof(key, date, topology, str(case.engine), versions, tuple(unproved), dict(rows))
 
 
 def find(folder: Path, key: str) -> Proof | None:

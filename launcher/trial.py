@@ -59,7 +59,11 @@ def start(cases: "Mapping[str, Case]") -> dict[str, Verdict]:
             process.join()
         said = folder / "trouble"
         trouble = said.read_text() if said.exists() else f"the ranks ended with exit code {process.exitcode}"
-        return {name: _read(folder / f"{number}.json", trouble) for number, name in enumerate(cases)}
+        verdicts = {}
+        for number, name in enumerate(cases):
+            verdicts[name] = _read(folder / f"{number}.json", trouble)
+            trouble = "not proved: a rank had failed" if verdicts[name].trouble else trouble
+        return verdicts
 
 
 def _read(path: Path, trouble: str) -> Verdict:

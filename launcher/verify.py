@@ -8,7 +8,7 @@ import os
 import sys
 
 from configs.schema import RunConfig
-from launcher import cli, gate, ranks, trial
+from launcher import cli, gate, proofs, ranks, trial
 from launcher.invocation import Invocation
 
 SUMMARY = "prove that a layout gives the plain model's loss, gradients and weights; train nothing"
@@ -27,11 +27,12 @@ def run(config: RunConfig, invocation: Invocation) -> int:
     shrunk = shrink(config, topology)
     for line in shrunk.unproved:
         print(f"not proved  {line}", flush=True)
+    key = proofs.identify(shrunk.cases)
     verdicts = trial.start(shrunk.cases)
     for name, verdict in verdicts.items():
         case = shrunk.cases[name]
         print(f"{gate.describe(case.topology, case.engine)}, {name}\n{verdict}")
-    said, proof = gate.settle(shrunk, verdicts, config)
+    said, proof = gate.settle(shrunk, key, verdicts, config)
     print(
         "the numbers are NOT those of the plain model" if proof is None else "the numbers are those of the plain model"
     )

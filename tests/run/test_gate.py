@@ -169,9 +169,13 @@ def test_a_proof_that_fails_now_is_forgotten(tmp_path: Path) -> None:
     config, _ = Composer().compose(words)
     shrunk = shrink(config, check_layout(config, None))
     good = {name: Verdict((Row("loss", 0.0, 1e-12, "step 0", 2),), "") for name in shrunk.cases}
-    said, proof = gate.settle(shrunk, good, config)
+    key = proofs.identify(shrunk.cases)
+    said, proof = gate.settle(shrunk, key, good, config)
     assert proof == find_only(tmp_path) and proof.hash[:12] in said
     for bad in (Verdict((Row("loss", 1.0, 1e-12, "step 0", 2),), ""), Verdict((), "a rank died")):
-        gate.settle(shrunk, good, config)
-        assert gate.settle(shrunk, good | {"spread": bad}, config) == ("", None)
+        gate.settle(shrunk, key, good, config)
+        assert gate.settle(shrunk, key, good | {"spread": bad}, config) == ("", None)
         assert not list(tmp_path.iterdir())
+    said, proof = gate.settle(shrunk, "0" * 64, good, config)
+    assert proof is not None and said == "not recorded: the sources changed meanwhile"
+    assert not list(tmp_path.iterdir())

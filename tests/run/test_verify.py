@@ -73,6 +73,7 @@ def test_under_a_launcher_it_says_what_to_do(
 def test_a_rank_that_fails_fails_the_proof() -> None:
     case = Case(Topology(tp=2), make_config(num_layers=1), ADAM, steps=1)
     # In the second case two ranks cannot hold equal shards of a sequence.
-    verdicts = trial.start({"good": case, "bad": replace(case, length=7)})
+    verdicts = trial.start({"good": case, "bad": replace(case, length=7), "never run": case})
     assert verdicts["good"].passed
     assert not verdicts["bad"].passed and "Traceback" in str(verdicts["bad"])
+    assert not verdicts["never run"].passed and str(verdicts["never run"]) == "not proved: a rank had failed"

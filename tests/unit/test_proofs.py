@@ -74,7 +74,7 @@ def install(folder: Path, name: str) -> None:
 
 
 def make_proof() -> proofs.Proof:
-    return proofs.describe({"spread": CASE}, {"spread": ROWS}, ["parallel.dp=64: proved with 2"])
+    return proofs.describe("ab" * 32, {"spread": CASE}, {"spread": ROWS}, ["parallel.dp=64: proved with 2"])
 
 
 def test_what_is_kept_is_found(tmp_path: Path) -> None:
