@@ -41,7 +41,8 @@ class Losses(NamedTuple):
     total: Tensor  # scalar, divided by the denominators and weighted: the one to call backward() on
     sums: Tensor  # [1 + D] detached: sums of cross entropy in nats over counted labels, float32 or wider
     aux: Tensor  # detached scalar: auxiliary loss summed over sequences and layers, before its weight
-    load: Tensor  # [MoE layers (+ D), E] int64: tokens each expert received
+    load: Tensor  # [MoE layers (+ D), E] int64: tokens each expert received; zero for layers of other stages
+    hidden: Tensor | None = None  # [B, S, H] for the next pipeline stage; the last has none
 
 
 def slice_labels(batch: Batch, depth: int, d: int) -> tuple[Tensor, Tensor]:

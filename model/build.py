@@ -54,10 +54,10 @@ def initialise(model: Transformer, seed: int, parts: Mapping[str, Part] | None =
         buffer.zero_()
 
 
-def outline(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A model without memory: parameters in ``dtype``, routers in the wider of it and float32."""
+def outline(config: ModelConfig, dtype: torch.dtype, layers: range | None = None) -> Transformer:
+    """A model, or the stage with ``layers``, without memory: parameters in ``dtype``, routers at least in float32."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config, layers)
     model = model.to(dtype)
     for module in model.modules():
         if isinstance(module, Router):

@@ -159,6 +159,10 @@ class ModelConfig:
         """Whether block ``layer`` routes its tokens; the blocks of MTP count on from ``num_layers``."""
         return self.moe.experts > 0 and layer >= self.dense_layers
 
+    def routed_blocks(self) -> list[int]:
+        """The blocks that route their tokens, those of MTP included."""
+        return [block for block in range(self.num_layers + self.mtp.depth) if self.is_moe(block)]
+
 
 def _positive(key: str, value: int) -> None:
     if value <= 0:

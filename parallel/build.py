@@ -7,23 +7,57 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.parallelize import parallelize
-from parallel.placement import Shard
+from parallel.pipeline.stages import Pipeline, whole
+from parallel.placement import Shard, place
 from parallel.plan import plan_transformer
+from parallel.topology import Axis
+
+Stages = dict[int, Transformer]
+Shards = dict[str, Shard]
 
 
-def allocate_sharded(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, mesh: Mesh
-) -> tuple[Transformer, dict[str, Shard]]:
-    """A model without values, and what part of the whole each of its parameters is."""
-    model = outline(config, dtype)
-    shards = parallelize(model, plan_transformer(config), mesh)
-    return model.to_empty(device=device), shards
+def allocate_stages(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, mesh: Mesh, pipeline: Pipeline
+) -> tuple[Stages, Shards]:
+    """The stages of this rank without values, and what part of the whole each of their parameters is.
+
+    A parameter of two stages is one tensor.
+    """
+    names = [name for name, _ in outline(config, dtype).named_parameters()]
+    placements = place(plan_transformer(config), names)
+    stages: Stages = {}
+    shards: Shards = {}
+    for stage in pipeline.stage_map.stages_of(mesh.coordinate(Axis.pp)):
+        model = outline(config, dtype, pipeline.layers[stage])
+        shards |= parallelize(model, placements, mesh)
+        stages[stage] = model.to_empty(device=device)
+        for other in stages.values():
+            share_embedding(other, model)
+    for name, shard in shards.items():
+        across = pipeline.across(name, config)
+        shards[name] = shard._replace(across=across if len(across) > 1 else ())
+    return stages, shards
+
+
+def build_stages(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int, mesh: Mesh, pipeline: Pipeline
+) -> tuple[Stages, Shards]:
+    """Stages ready to train: on every layout the values are those of ``model.build.build`` with the same seed."""
+    stages, shards = allocate_stages(config, dtype, device, mesh, pipeline)
+    for model in stages.values():
+        initialise(model, seed, {name: (shard.global_shape, shard.slices) for name, shard in shards.items()})
+    return stages, shards
 
 
 def build_sharded(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int, mesh: Mesh
-) -> tuple[Transformer, dict[str, Shard]]:
-    """A model ready to train: on every layout the values are those of ``model.build.build`` with the same seed."""
-    model, shards = allocate_sharded(config, dtype, device, mesh)
-    initialise(model, seed, {name: (shard.global_shape, shard.slices) for name, shard in shards.items()})
-    return model, shards
+) -> tuple[Transformer, Shards]:
+    """``build_stages`` where there is a single stage."""
+    stages, shards = build_stages(config, dtype, device, seed, mesh, whole(config))
+    return stages[0], shards
+
+
+def share_embedding(one: Transformer, other: Transformer) -> None:
+    """Two stages of a rank that both have the embedding have it once."""
+    if one is not other and hasattr(one, "embedding") and hasattr(other, "embedding"):
+        other.embedding.weight = one.embedding.weight

@@ -6,12 +6,14 @@ Which groups there are is the table in parallel/traffic.py. Groups of the same r
 """
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from parallel.placement import HOLDERS, Placement, Shard, holders
 from parallel.topology import Axis, Topology
 from parallel.traffic import GROUPS, Traffic
 
@@ -57,9 +59,16 @@ def disconnect() -> None:
 class Mesh:
     """The groups of one rank."""
 
-    def __init__(self, topology: Topology, device: torch.device, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        shared: Iterable[tuple[int, ...]] = (),
+    ) -> None:
         """Collective over all ranks: each makes its own groups, in the same order. ``dist`` is initialised.
 
+        ``shared``: the pipeline ranks, ascending, that hold a parameter together (``Pipeline.shared``).
         Raises ValueError if the number of ranks is not the topology's.
         """
         if dist.get_world_size() != topology.world:
@@ -68,19 +77,32 @@ class Mesh:
         # What every launcher of torch says of a machine; without one, one machine has all ranks.
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world))
         made: dict[tuple[tuple[int, ...], Traffic], dist.ProcessGroup] = {}
-        self._groups: dict[tuple[Axis, Traffic], dist.ProcessGroup] = {}
-        for axis, traffic in GROUPS:
-            ranks = topology.group(self.rank, axis)
+
+        def make(ranks: tuple[int, ...], axis: Axis, traffic: Traffic) -> dist.ProcessGroup:
             if (ranks, traffic) not in made:
                 # With local synchronisation a rank makes the groups that it is in, not those of the whole world.
                 made[ranks, traffic] = dist.new_group(
                     list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"{axis} {traffic}"
                 )
-            self._groups[axis, traffic] = made[ranks, traffic]
+            return made[ranks, traffic]
+
+        self._groups = {key: make(topology.group(self.rank, key[0]), *key) for key in GROUPS}
+        self._shared = {
+            (axis, across): make(holders(Placement(split), topology, self.rank, across), axis, Traffic.data)
+            for across in sorted(shared)
+            if self.coordinate(Axis.pp) in across
+            for split, axis in HOLDERS.items()
+        }
 
     def group(self, axis: Axis, traffic: Traffic) -> dist.ProcessGroup:
         """The group for ``traffic`` along ``axis``; the pair is one of ``GROUPS``."""
         return self._groups[axis, traffic]
+
+    def holders(self, shard: Shard) -> dist.ProcessGroup:
+        """The ranks that hold the same part of a parameter, for its gradients and weights."""
+        if len(shard.across) < 2:
+            return self.group(shard.placement.holders, Traffic.data)
+        return self._shared[shard.placement.holders, shard.across]
 
     def degree(self, axis: Axis) -> int:
         """Ranks along ``axis``."""

@@ -4,6 +4,8 @@ The table (parallel/plan.py) says where every parameter lies. ``parallelize`` cu
 what stands at the model's seams; the model itself stays what it was and never asks whether it is parallel.
 """
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from model.attention import LatentAttention
@@ -14,23 +16,22 @@ from model.transformer import Transformer
 from parallel.exchange import ExpertExchange
 from parallel.loss import Part, VocabularyCrossEntropy
 from parallel.mesh import Mesh, Traffic
-from parallel.placement import Plan, Shard, cut, place
+from parallel.placement import Placement, Shard, cut, span
 from parallel.tensor import ShardedSequence, VocabularyLookup
 from parallel.topology import Axis
 
 
-def parallelize(model: Transformer, plan: Plan, mesh: Mesh) -> dict[str, Shard]:
+def parallelize(model: Transformer, placements: Mapping[str, Placement], mesh: Mesh) -> dict[str, Shard]:
     """Cut ``model``, whose parameters have no memory yet, to this rank's part. Returns what each parameter now is.
 
-    Raises ValueError for a parameter without a row and for a row without a parameter.
+    ``placements`` are those of the whole model, of which ``model`` may be a stage.
     """
-    placements = place(plan, [name for name, _ in model.named_parameters()])
     shards = {
         name: cut(parameter.shape, placements[name], mesh.topology, mesh.rank)
         for name, parameter in model.named_parameters()
     }
     if mesh.degree(Axis.tp) > 1:
-        _shard_sequences(model, shards["embedding.weight"], mesh)
+        _shard_sequences(model, mesh)
     if mesh.degree(Axis.ep) > 1:
         _exchange_tokens(model, mesh)
     for name, parameter in list(model.named_parameters()):
@@ -40,14 +41,16 @@ def parallelize(model: Transformer, plan: Plan, mesh: Mesh) -> dict[str, Shard]:
     return shards
 
 
-def _shard_sequences(model: Transformer, embedding: Shard, mesh: Mesh) -> None:
+def _shard_sequences(model: Transformer, mesh: Mesh) -> None:
     group = mesh.group(Axis.tp, Traffic.tensor)
     sequence = ShardedSequence(group)
     for module in model.modules():
         if isinstance(module, LatentAttention | SwiGLU | Router):
             module.sequence = sequence
-    first = embedding.offset[0]  # the head is cut at the same rows
-    model.embedding.lookup = VocabularyLookup(first, sequence)
+    # Embedding and head are cut at the same rows.
+    first = span(model.config.vocab_size, mesh.degree(Axis.tp), mesh.coordinate(Axis.tp)).start
+    if hasattr(model, "embedding"):
+        model.embedding.lookup = VocabularyLookup(first, sequence)
     model.cross_entropy = VocabularyCrossEntropy(Part(first, group), sequence)
 
 

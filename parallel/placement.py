@@ -70,6 +70,9 @@ class Shard(NamedTuple):
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     placement: Placement
+    across: tuple[
+        int, ...
+    ] = ()  # the pipeline ranks that hold it where they are several; see parallel/pipeline/stages.py
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -86,6 +89,11 @@ def cut(shape: Sequence[int], placement: Placement, topology: Topology, rank: in
     return Shard(tuple(shape), tuple(offset), tuple(local), placement)
 
 
-def holders(placement: Placement, topology: Topology, rank: int) -> tuple[int, ...]:
-    """The ranks that hold the same part as ``rank``: they sum gradients and share the optimizer's state."""
-    return topology.group(rank, placement.holders)
+def holders(placement: Placement, topology: Topology, rank: int, across: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ranks that hold the same part as ``rank``: they sum gradients and share the optimizer's state.
+
+    ``across``: the pipeline ranks that do, where they are several.
+    """
+    own = topology.coordinate(rank, Axis.pp)
+    group = topology.group(rank, placement.holders)
+    return tuple(member + (other - own) * topology.stage_size for other in across or (own,) for member in group)

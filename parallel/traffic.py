@@ -15,6 +15,7 @@ class Traffic(StrEnum):
     tensor = "tensor"  # activations between shards of a sequence
     tokens = "tokens"  # rows to experts and back
     counts = "counts"  # how many rows
+    pipeline = "pipeline"  # activations between stages, and their gradients
     data = "data"  # gradients and weights
     control = "control"  # statistics, agreements
 
@@ -24,6 +25,7 @@ GROUPS = {
     (Axis.sequence, Traffic.control): "statistics of the sequences that its ranks share",
     (Axis.ep, Traffic.tokens): "tokens to experts and back",
     (Axis.ep, Traffic.counts): "how many tokens",
+    (Axis.pp, Traffic.pipeline): "activations between stages, and their gradients",
     (Axis.stage, Traffic.data): "gradients and weights that every rank of a stage holds",
     (Axis.replicas, Traffic.data): "gradients and weights that are split over tp",
     (Axis.edp, Traffic.data): "gradients and weights of routed experts",

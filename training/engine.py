@@ -8,11 +8,12 @@ parameter, never averages: every loss comes divided by a denominator of the whol
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from training.chunk import Chunk
 
-STAGE = 0  # the only one without pipelines
+Hidden = tuple[Tensor, Tensor] | None  # what a stage gave to the next one, and its gradient
 
 
 class Update(NamedTuple):
@@ -39,8 +40,8 @@ class Engine(Protocol):
     def forward(self, stage: int, *args: Any) -> Any:
         """Calls the module of ``stage``."""
 
-    def backward(self, stage: int, loss: Tensor) -> None:
-        """Adds the gradients of ``loss`` to the step's."""
+    def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
+        """Adds the gradients of ``loss``, and of what went to the next stage, to the step's."""
 
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Adds ``grad`` (the parameter's shape, any float dtype): for gradients that no backward computes."""
@@ -59,3 +60,10 @@ class Engine(Protocol):
 
         Raises ValueError naming what is missing, unexpected or of another shape.
         """
+
+
+def differentiate(loss: Tensor, hidden: Hidden) -> None:
+    """The backward of a stage: from its own part of the loss, if any, and from what the next stage sent back."""
+    roots: list[tuple[Tensor, Tensor | None]] = [(loss, None)] if loss.requires_grad else []
+    roots += [hidden] if hidden is not None else []
+    torch.autograd.backward(*map(list, zip(*roots, strict=True)))

@@ -116,9 +116,9 @@ class Fsdp2:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
 
-    def backward(self, stage: int, loss: Tensor) -> None:
-        """Adds the gradients of ``loss`` to the step's, summed over the holders at once."""
-        loss.backward()
+    def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
+        """Adds the gradients of ``loss`` and of ``hidden`` to the step's, summed over the holders at once."""
+        differentiate(loss, hidden)
 
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Not to be had here: see the head of this file."""

@@ -17,7 +17,8 @@ and, while gradients travel, two buckets (``optimizer.bucket_bytes`` each).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
 from training.config import MomentDtype, OptimizerConfig
-from training.engine import State, Update
+from training.engine import Hidden, State, Update, differentiate
 from training.optimizer import match, sum_squares, update
 from training.slab import Entry, Slab, complete
 
@@ -46,20 +47,22 @@ class Native:
         """
         self.config, self._mesh, self._stages = config, mesh, stages
         self._steps = 0  # updates applied, the t of the bias correction
-        named = {
-            (stage, name): parameter
-            for stage, module in stages.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
-        undecayed = match(config.no_decay, (name for _, name in named))
+        named: dict[str, nn.Parameter] = {}
+        users: dict[str, list[int]] = {}  # the stages that have a parameter, by its name
+        for stage, module in sorted(stages.items()):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    named[name] = parameter
+                    users.setdefault(name, []).append(stage)
+        undecayed = match(config.no_decay, named)
         alike: dict[tuple[Any, ...], list[Entry]] = {}
-        for (stage, name), parameter in named.items():
-            key = (stage, name in undecayed, shards[name].placement.holders, parameter.dtype)
-            alike.setdefault(key, []).append(Entry(name, parameter, shards[name]))
-        self._slabs: dict[int, list[Slab]] = {stage: [] for stage in stages}
+        for name, parameter in named.items():
+            shard = shards[name]
+            key = (*users[name],), name in undecayed, shard.placement.holders, shard.across, parameter.dtype
+            alike.setdefault(key, []).append(Entry(name, parameter, shard))
+        self._slabs: list[tuple[tuple[int, ...], Slab]] = []  # and the stages that they belong to
         self._places: dict[nn.Parameter, tuple[Slab, int]] = {}
-        for (stage, kept, *_), entries in alike.items():
+        for (of, kept, *_), entries in alike.items():
             slab = Slab(
                 entries,
                 mesh,
@@ -67,9 +70,12 @@ class Native:
                 config.moments is MomentDtype.bf16,
                 config.bucket_bytes,
             )
-            self._slabs[stage].append(slab)
+            self._slabs.append((of, slab))
             self._places |= {entry.parameter: (slab, place) for place, entry in enumerate(entries)}
-        self._waiting = set(self._slabs)  # stages whose gradients are not summed yet
+        self._waiting = set(stages)  # stages whose last gradient is not there yet
+        self._under_way: list[Future[None]] = []
+        # Sums are waited for beside the pipeline: in a thread of their own, one after the other.
+        self._beside = ThreadPoolExecutor(1, "gradients") if len(stages) > 1 else None
         for parameter in self._places:
             parameter.register_post_accumulate_grad_hook(self._take)
 
@@ -77,15 +83,15 @@ class Native:
         """Forgets the gradients: those of the next step start here."""
         for slab in self._all():
             slab.begin()
-        self._waiting = set(self._slabs)
+        self._waiting = set(self._stages)
 
     def forward(self, stage: int, *args: Any) -> Any:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
 
-    def backward(self, stage: int, loss: Tensor) -> None:
-        """Adds the gradients of ``loss`` to the step's."""
-        loss.backward()
+    def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
+        """Adds the gradients of ``loss``, and of what went to the next stage, to the step's."""
+        differentiate(loss, hidden)
 
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Adds ``grad`` (the parameter's shape, any float dtype) to the step's gradient of ``parameter``.
@@ -95,11 +101,25 @@ class Native:
         slab, place = self._places[parameter]
         slab.accumulate(place, grad)
 
-    @torch.no_grad()
     def finished(self, stage: int) -> None:
-        """Sums the gradients of ``stage`` over their holders. Collective over the stage's ranks."""
-        complete(launched for slab in self._slabs[stage] for launched in slab.reduce())
+        """Starts to sum the gradients of ``stage`` over their holders. Collective over the stage's ranks.
+
+        What several pipeline ranks hold waits until the last stage of this rank is finished, because the stages of the
+        others may finish in another order.
+        """
         self._waiting.discard(stage)
+        ready = [
+            slab
+            for of, slab in self._slabs
+            if (stage in of and not slab.crosses and self._waiting.isdisjoint(of))
+            or (slab.crosses and not self._waiting)
+        ]
+        if self._waiting:
+            assert self._beside is not None
+            self._under_way.append(self._beside.submit(_sum, ready))
+        else:
+            self._complete()
+            _sum(ready)
 
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
@@ -108,6 +128,7 @@ class Native:
         Collective over all ranks.
         """
         assert not self._waiting, f"stages {sorted(self._waiting)} have not finished"
+        assert not self._under_way
         norm = self._measure_norm()
         if not (finite and math.isfinite(norm)):
             return Update(norm, 1.0, False)
@@ -141,7 +162,12 @@ class Native:
         return sum(slab.count_bytes() for slab in self._all())
 
     def _all(self) -> list[Slab]:
-        return [slab for slabs in self._slabs.values() for slab in slabs]
+        return [slab for _, slab in self._slabs]
+
+    def _complete(self) -> None:
+        for sums in self._under_way:
+            sums.result()
+        self._under_way.clear()
 
     def _measure_norm(self) -> float:
         """Over all ranks; owned pieces are disjoint, so every element counts once."""
@@ -155,3 +181,8 @@ class Native:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
         self.accumulate(parameter, parameter.grad)
         parameter.grad = None
+
+
+@torch.no_grad()
+def _sum(slabs: Sequence[Slab]) -> None:
+    complete(launched for slab in slabs for launched in slab.reduce())

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from parallel.reduce import Finish, gather_pieces, reduce_pieces
-from parallel.traffic import Traffic
 from training.chunk import Chunk
 from training.optimizer import Part
 from training.pieces import Slot, align, cut_rows, fill_buckets, find_rectangles, lay_out
@@ -39,15 +38,15 @@ class Slab:
 
     def __init__(self, entries: Sequence[Entry], mesh: Mesh, decay: float, narrow: bool, bucket_bytes: int) -> None:
         """``narrow`` keeps moments in bfloat16. The parameters' storage moves into the slab."""
-        holders = entries[0].shard.placement.holders
-        self._entries, self._group, self._decay = entries, mesh.group(holders, Traffic.data), decay
+        self._entries, self._group, self._decay = entries, mesh.holders(entries[0].shard), decay
+        self.crosses = bool(entries[0].shard.across)  # whether other pipeline ranks hold it too
         self._slots = lay_out([entry.parameter.shape for entry in entries])
         dtype, device = entries[0].parameter.dtype, entries[0].parameter.device
         master = torch.promote_types(dtype, torch.float32)
         size = align(self._slots[-1].stop)
         self._weights = torch.zeros(size, dtype=dtype, device=device)
         self._grads = torch.zeros(size, dtype=master, device=device)
-        degree, place = mesh.degree(holders), mesh.coordinate(holders)
+        degree, place = self._group.size(), self._group.rank()
         # A single holder has nothing to send: everything is one bucket.
         limit = bucket_bytes // self._grads.itemsize if degree > 1 else size
         self._buckets = [cut_rows(bucket, degree) for bucket in fill_buckets(self._slots, limit)]

@@ -1,47 +1,56 @@
 """A model's first weights on every rank: drawn, or read from published ones. The last ones: training/whole.py."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from configs.schema import TrainConfig
 from model.build import allocate
+from model.config import ModelConfig
+from model.count import count
 from model.transformer import Transformer
-from parallel.build import allocate_sharded, build_sharded
+from parallel.build import Shards, Stages, allocate_stages, build_stages
 from parallel.mesh import Mesh
-from parallel.placement import Shard
+from parallel.pipeline.stages import Pipeline
 from training.determinism import DTYPES
 from training.engines import choose_dtype
 
 
-def build_model(config: TrainConfig, mesh: Mesh) -> tuple[Transformer, dict[str, Shard]]:
+def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
     """This rank's part of the model with its first weights, drawn from ``run.seed`` or read from ``init_from``."""
     dtype = choose_dtype(config.parallel.engine, DTYPES[config.precision])
     if config.init_from is None:
-        return build_sharded(config.model, dtype, mesh.device, config.run.seed, mesh)
+        return build_stages(config.model, dtype, mesh.device, config.run.seed, mesh, pipeline)
     from model.huggingface import load as load_published
 
-    model, shards = allocate_sharded(config.model, dtype, mesh.device, mesh)
-    if is_whole(shards):
-        load_published(model, Path(config.init_from))
-        return model, shards
+    stages, shards = allocate_stages(config.model, dtype, mesh.device, mesh, pipeline)
+    if is_whole(stages, shards):
+        load_published(stages[0], Path(config.init_from))
+        return stages, shards
     whole = allocate(config.model, dtype, "cpu")
     load_published(whole, Path(config.init_from))
-    theirs = dict(whole.named_parameters())
+    theirs = name_tensors([whole])
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(theirs[name][shards[name].slices])
-        for buffer, other in zip(model.buffers(), whole.buffers(), strict=True):
-            buffer.copy_(other)
-    return model, shards
+        for name, tensor in name_tensors(stages.values()).items():
+            tensor.copy_(theirs[name][shards[name].slices] if name in shards else theirs[name])
+    return stages, shards
 
 
-def is_whole(shards: Mapping[str, Shard]) -> bool:
-    """Whether a rank holds every parameter in full: then its model is the plain one."""
-    return all(shard.shape == shard.global_shape for shard in shards.values())
+def is_whole(stages: Stages, shards: Shards) -> bool:
+    """Whether a rank holds every parameter in full: then its one stage is the plain model."""
+    plain = all(model.here == range(model.config.num_layers) for model in stages.values())
+    return plain and all(shard.shape == shard.global_shape for shard in shards.values())
 
 
-def count_parameters(shards: Mapping[str, Shard]) -> int:
+def name_tensors(stages: Iterable[Transformer]) -> dict[str, Tensor]:
+    """Parameters and buffers of all ``stages`` by name, detached; one that is used twice has one name."""
+    return {
+        name: t.detach() for model in stages for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+def count_parameters(config: ModelConfig) -> int:
     """Elements of the whole model."""
-    return sum(torch.Size(shard.global_shape).numel() for shard in shards.values())
+    return count(config).trained.total

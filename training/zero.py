@@ -82,11 +82,11 @@ class DeepSpeed:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
 
-    def backward(self, stage: int, loss: Tensor) -> None:
+    def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss`` to the step's; in stage 2 summed over the holders at once."""
         for partition in self._partitions[stage]:
             partition.enter_backward()
-        loss.backward()
+        differentiate(loss, hidden)
         for partition in self._partitions[stage]:
             partition.leave_backward()
 

@@ -1,6 +1,7 @@
 """Tensors by name, of which every rank holds its part: reduced over the ranks that hold the same part."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,6 @@ from torch import Tensor
 from model.build import Region
 from parallel.mesh import Mesh
 from parallel.placement import Shard
-from parallel.traffic import Traffic
 from training.chunk import Chunk
 
 Parts = Mapping[str, Tensor]
@@ -20,10 +20,12 @@ def reduce_parts(
 ) -> dict[str, Tensor]:
     """Each part reduced over the ranks that hold it, all parts of the same holders in one message."""
     reduced: dict[str, Tensor] = {}
-    for axis in sorted({shards[name].placement.holders for name in parts}):
-        names = [name for name in parts if shards[name].placement.holders is axis]
+    alike: dict[Any, list[str]] = {}
+    for name in sorted(parts):
+        alike.setdefault((shards[name].placement.holders, shards[name].across), []).append(name)
+    for _, names in sorted(alike.items()):
         joined = torch.cat([parts[name].flatten() for name in names])
-        dist.all_reduce(joined, op, mesh.group(axis, Traffic.data))
+        dist.all_reduce(joined, op, mesh.holders(shards[names[0]]))
         split = joined.split([parts[name].numel() for name in names])
         reduced |= {name: part.view_as(parts[name]) for name, part in zip(names, split, strict=True)}
     return {name: reduced[name] for name in parts}

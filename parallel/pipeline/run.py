@@ -1,0 +1,158 @@
+"""The one interpreter: a rank's program, step by step. It knows no schedule's name, and neither a model nor a loss.
+
+    0F0          y = work.forward(stage 0, micro-batch 0, x)       y is held as the activation 0F0
+    [0F0>1]      a send takes what is held; a receive holds what is on its way, and whoever reads it waits for it
+    0B0 0I0      the gradient of stage 0's output -> the gradient of its input, held as 0B0
+    0W0          weight gradients that an I has put off
+
+Training, evaluation and measurement differ in their ``Work`` alone; with one rank there is nothing to send, and the
+program is gradient accumulation.
+
+Exchanges start without waiting. The order of a lowered program cannot deadlock even where every exchange waits for its
+peers (parallel/pipeline/lower.py), so it is safe to wait for an earlier one at any time: buffers of sends are given away
+``WINDOW`` exchanges later.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.pipeline.action import Action, Op, parts
+from parallel.pipeline.lower import Exchange, Kind, Step, What
+from parallel.pipeline.trace import Span
+
+WINDOW = 4  # exchanges whose sends may be under way
+Name = tuple[What, int, int]  # what it is, the stage that made it, its micro-batch
+
+
+class Work(Protocol):
+    """What actions do."""
+
+    def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
+        """The input of ``stage``, None for the first -> its output, None for the last."""
+
+    def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
+        """The gradient of a stage's output -> of its input. With ``split``, its weight gradients are put off."""
+
+    def weight(self, stage: int, microbatch: int) -> None:
+        """The weight gradients that were put off."""
+
+    def finished(self, stage: int) -> None:
+        """The last gradient of ``stage`` in this step is there."""
+
+    def allocate(self, microbatch: int) -> Tensor:
+        """Memory for an activation of a micro-batch, or for its gradient."""
+
+
+class Arriving(NamedTuple):
+    """A tensor on its way."""
+
+    buffer: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is there."""
+        self.work.wait()
+        return self.buffer
+
+
+class Interpreter:
+    """Runs programs of one rank."""
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int = 0) -> None:
+        """``group``: the ranks of the pipeline in order, of which this is ``rank``; None where it is the only one."""
+        self._group, self._rank = group, rank
+        self._held: dict[Name, Tensor | Arriving] = {}
+        self._leaving: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+
+    def run(
+        self,
+        steps: Sequence[Step],
+        work: Work,
+        stop: Callable[[], bool] | None = None,
+        spans: list[Span] | None = None,
+    ) -> bool:
+        """Runs ``steps``; False if ``stop`` said so before a forward. ``spans`` gets what ran when, in seconds."""
+        last = _find_last(steps)
+        began = perf_counter()
+        for number, step in enumerate(steps):
+            if isinstance(step, Exchange):
+                self._exchange(step, work)
+                continue
+            for action in parts(step):
+                if action.op is Op.F and stop is not None and stop():
+                    self._held.clear()
+                    return False
+                start = perf_counter()
+                self._act(action, work)
+                if spans is not None:
+                    spans.append(Span(self._rank, action, start - began, perf_counter() - began))
+                if last.get(action.stage) == (number, action):
+                    work.finished(action.stage)
+        while self._leaving:
+            self._release()
+        assert not self._held, f"made and never read: {sorted(self._held)}"
+        return True
+
+    def _act(self, action: Action, work: Work) -> None:
+        op, stage, microbatch = action
+        if op is Op.W:
+            work.weight(stage, microbatch)
+            return
+        if op is Op.F:
+            x = self._take((What.activation, stage - 1, microbatch)) if stage else None
+            made = work.forward(stage, microbatch, x)
+            if made is not None:
+                self._held[What.activation, stage, microbatch] = made
+            return
+        gradient = self._take((What.gradient, stage + 1, microbatch), missing=True)
+        back = work.backward(stage, microbatch, gradient, op is Op.I)
+        if back is not None:
+            self._held[What.gradient, stage, microbatch] = back
+
+    def _take(self, name: Name, missing: bool = False) -> Tensor | None:
+        """What is held; the last stage gets no gradient from behind."""
+        held = self._held.pop(name, None) if missing else self._held.pop(name)
+        return held.wait() if isinstance(held, Arriving) else held
+
+    def _exchange(self, exchange: Exchange, work: Work) -> None:
+        operations, arriving, sent = [], [], []
+        for number, (kind, what, stage, microbatch, peer) in enumerate(exchange.transfers):
+            name = (what, stage, microbatch)
+            if kind is Kind.send:
+                tensor = self._take(name)
+                assert tensor is not None
+                sent.append(tensor.contiguous())
+                operations.append(dist.P2POp(dist.isend, sent[-1], group=self._group, group_peer=peer))
+            else:
+                buffer = work.allocate(microbatch)
+                arriving.append((number, name, buffer))
+                operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=peer))
+        works = dist.batch_isend_irecv(operations)
+        for number, name, buffer in arriving:
+            # A backend may make one work of the whole batch.
+            self._held[name] = Arriving(buffer, works[number if len(works) == len(operations) else 0])
+        if sent:
+            self._leaving.append((works, sent))
+            while len(self._leaving) > WINDOW:
+                self._release()
+
+    def _release(self) -> None:
+        works, _ = self._leaving.popleft()
+        for under_way in works:
+            under_way.wait()
+
+
+def _find_last(steps: Sequence[Step]) -> dict[int, tuple[int, Action]]:
+    """Where each stage has its last backward or weight gradient: the number of the step, and the action."""
+    return {
+        action.stage: (number, action)
+        for number, step in enumerate(steps)
+        if not isinstance(step, Exchange)
+        for action in parts(step)
+        if action.op in (Op.B, Op.W)
+    }
