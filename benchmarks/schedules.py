@@ -25,7 +25,7 @@ def measure(name: str, ranks: int, microbatches: int, virtual: int) -> None:
         before = perf_counter()
         step(schedule)
         seconds.append(perf_counter() - before)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     actions = sum(map(len, schedule.lists))
     row = "".join(f"{number:>10.2f}" for number in (*seconds, sum(seconds), process_time() - used))
     print(f"{name:<25}{microbatches:>7}{virtual:>8}{actions:>12,}{row}{peak:>8.2f}", flush=True)

@@ -78,14 +78,15 @@ def write_svg(timeline: Timeline) -> str:
     shown = cut(timeline)
     length = sum(end - start for start, end in shown.windows)
     pixels = min((_room(timeline, full=False) + 1) * LETTER / _shortest(timeline), WIDTH / (length or 1))
-    width = LABEL + length * pixels + BREAK * (len(shown.windows) - 1) + 10
+    headline = title(timeline)
+    width = max(LABEL + length * pixels + BREAK * (len(shown.windows) - 1) + 10, 16 + 7.5 * len(headline))
     height = TOP + ROW * len(shown.ranks) + 30
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} '
         f'{height}" font-family="sans-serif" font-size="11">',
         f"<style>text{{fill:#1b1f24}}.m{{text-anchor:middle;font-size:10px}}{_style()}</style>",
         f'<rect width="{width:.0f}" height="{height}" fill="#fff"/>',
-        f'<text x="8" y="20" font-size="14">{escape(title(timeline))}</text>',
+        f'<text x="8" y="20" font-size="14">{escape(headline)}</text>',
         *_legend(timeline, shown),
     ]
     left = float(LABEL)

@@ -23,6 +23,11 @@ COSTS = ("cost.F=1", "cost.B=2", "cost.I=1", "cost.W=1", "cost.FB=3", "cost.send
 NUMBERS = ("rank", "actions", "busy", "bubble", "%", "in its span", "activations")
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def lines(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     assert cli.main(["schedule", *words]) == 0
     out, err = capsys.readouterr()
