@@ -1,6 +1,6 @@
 """Configuration of the parallel layout: the five degrees and the engine. Standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -14,6 +14,16 @@ class EngineName(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
+class PipelineConfig:
+    """How stages share the work of a step: names and rules are those of ``shoestring schedule``."""
+
+    schedule: str = "1f1b"  # which rank computes what when
+    virtual: int = 1  # stages a rank, where the schedule takes any number
+    layers: list[int] | None = None  # layers of each stage; null: such that stages cost the same
+    file: str | None = None  # a schedule of one's own, in its text form, instead of ``schedule``
+
+
+@dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How many ways each axis splits the work. ``dp`` defaults to what the other axes leave of the world."""
 
@@ -22,6 +32,7 @@ class ParallelConfig:
     cp: int = 1  # context: a sequence over ranks
     tp: int = 1  # tensor: a layer over ranks
     ep: int = 1  # expert: routed experts over dp * cp * tp ranks
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
     rebalance_every: int = 0  # steps between moves of experts to even out ranks' loads; 0: experts stay
 
@@ -37,7 +48,10 @@ class ParallelConfig:
                 f"parallel.rebalance_every={self.rebalance_every} needs parallel.engine=native: {self.engine} does not "
                 "move experts"
             )
-        if self.pp > 1:
-            raise ValueError(f"parallel.pp={self.pp} must be 1: there are no pipelines yet")
+        if self.pp > 1 and self.engine is not EngineName.native:
+            raise ValueError(
+                f"parallel.pp={self.pp} must be 1 with parallel.engine={self.engine}: only native has been proved with "
+                "pipelines"
+            )
         if self.cp > 1:
             raise ValueError(f"parallel.cp={self.cp} must be 1: there is no context parallelism yet")

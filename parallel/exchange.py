@@ -15,6 +15,7 @@ Routing, gates, biases and loads speak of experts; only what travels speaks of s
 Shapes: T tokens of this rank, K choices, E experts in all, n ranks, S rows sent, R rows received, C choices received.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,7 @@ class ExpertExchange:
 
     def dispatch(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Arrived:
         sending = sort(self.places.index_select(0, experts.flatten()).view_as(experts), self.experts, self.ranks)
-        if torch.is_grad_enabled():  # an evaluation is not counted
-            self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
+        self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
         even = [1] * self.ranks
         received = all_to_all(sending.counts, even, even, self._counts).wait()  # [n, 2]
         sizes = torch.stack((sending.counts, received)).permute(2, 0, 1).cpu()  # [2, 2, n]
@@ -93,7 +93,7 @@ class ExpertExchange:
         return collect(AllToAll.apply(mixed, Splits(received, sent), self._tokens), home.copies)
 
     def take_travelled(self) -> Tensor:
-        """What training has moved since this was last asked: [4], see ``parallel.locality.Travel``."""
+        """What has been moved since this was last asked: [4], see ``parallel.locality.Travel``."""
         travelled, self._travelled = self._travelled, torch.zeros_like(self._travelled)
         return travelled
 
@@ -121,16 +121,20 @@ def sort(slots: Tensor, experts: int, ranks: int) -> Sending:
     return Sending(touched, copies, torch.stack((rows, choices), 1), order, codes.flatten().index_select(0, order))
 
 
-def find_exchanges(model: nn.Module) -> dict[str, ExpertExchange]:
-    """The exchange of every block whose experts are spread over ranks, by name, in the order of ``Losses.load``."""
+def find_exchanges(models: Iterable[nn.Module]) -> dict[str, ExpertExchange]:
+    """The exchange of every block whose experts are spread over ranks, by name, stage by stage.
+
+    Within a stage they are in the order of ``Transformer.rows``.
+    """
     return {
         name: block.exchange
+        for model in models
         for name, block in model.named_modules()
         if isinstance(block, Block) and isinstance(block.exchange, ExpertExchange)
     }
 
 
-def take_travelled(model: nn.Module, mesh: Mesh) -> Tensor:
-    """What training has moved since this was last asked, over all layers of this rank: see ``ExpertExchange``."""
+def take_travelled(models: Iterable[nn.Module], mesh: Mesh) -> Tensor:
+    """What has been moved since this was last asked, over all layers of this rank: see ``ExpertExchange``."""
     none = torch.zeros(4, dtype=torch.int64, device=mesh.device)
-    return sum((exchange.take_travelled() for exchange in find_exchanges(model).values()), none)
+    return sum((exchange.take_travelled() for exchange in find_exchanges(models).values()), none)

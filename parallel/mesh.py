@@ -59,16 +59,9 @@ def disconnect() -> None:
 class Mesh:
     """The groups of one rank."""
 
-    def __init__(
-        self,
-        topology: Topology,
-        device: torch.device,
-        timeout: timedelta | None = None,
-        shared: Iterable[tuple[int, ...]] = (),
-    ) -> None:
+    def __init__(self, topology: Topology, device: torch.device, timeout: timedelta | None = None) -> None:
         """Collective over all ranks: each makes its own groups, in the same order. ``dist`` is initialised.
 
-        ``shared``: the pipeline ranks, ascending, that hold a parameter together (``Pipeline.shared``).
         Raises ValueError if the number of ranks is not the topology's.
         """
         if dist.get_world_size() != topology.world:
@@ -76,23 +69,18 @@ class Mesh:
         self.topology, self.device, self.rank = topology, device, dist.get_rank()
         # What every launcher of torch says of a machine; without one, one machine has all ranks.
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world))
-        made: dict[tuple[tuple[int, ...], Traffic], dist.ProcessGroup] = {}
+        self._timeout = timeout
+        self._made: dict[tuple[tuple[int, ...], Traffic], dist.ProcessGroup] = {}
+        self._groups = {key: self._make(topology.group(self.rank, key[0]), *key) for key in GROUPS}
+        self._shared: dict[tuple[Axis, tuple[int, ...]], dist.ProcessGroup] = {}
 
-        def make(ranks: tuple[int, ...], axis: Axis, traffic: Traffic) -> dist.ProcessGroup:
-            if (ranks, traffic) not in made:
-                # With local synchronisation a rank makes the groups that it is in, not those of the whole world.
-                made[ranks, traffic] = dist.new_group(
-                    list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"{axis} {traffic}"
-                )
-            return made[ranks, traffic]
-
-        self._groups = {key: make(topology.group(self.rank, key[0]), *key) for key in GROUPS}
-        self._shared = {
-            (axis, across): make(holders(Placement(split), topology, self.rank, across), axis, Traffic.data)
-            for across in sorted(shared)
-            if self.coordinate(Axis.pp) in across
-            for split, axis in HOLDERS.items()
-        }
+    def share(self, sets: Iterable[tuple[int, ...]]) -> None:
+        """Makes the groups of pipeline ranks that hold a parameter together (``Pipeline.shared``). Collective."""
+        for across in sorted(sets):
+            if self.coordinate(Axis.pp) in across:
+                for split, axis in HOLDERS.items():
+                    ranks = holders(Placement(split), self.topology, self.rank, across)
+                    self._shared[axis, across] = self._make(ranks, axis, Traffic.data)
 
     def group(self, axis: Axis, traffic: Traffic) -> dist.ProcessGroup:
         """The group for ``traffic`` along ``axis``; the pair is one of ``GROUPS``."""
@@ -111,3 +99,11 @@ class Mesh:
     def coordinate(self, axis: Axis) -> int:
         """This rank's place along ``axis``."""
         return self.topology.coordinate(self.rank, axis)
+
+    def _make(self, ranks: tuple[int, ...], axis: Axis, traffic: Traffic) -> dist.ProcessGroup:
+        if (ranks, traffic) not in self._made:
+            # With local synchronisation a rank makes the groups that it is in, not those of the whole world.
+            self._made[ranks, traffic] = dist.new_group(
+                list(ranks), timeout=self._timeout, use_local_synchronization=True, group_desc=f"{axis} {traffic}"
+            )
+        return self._made[ranks, traffic]

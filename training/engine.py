@@ -66,4 +66,4 @@ def differentiate(loss: Tensor, hidden: Hidden) -> None:
     """The backward of a stage: from its own part of the loss, if any, and from what the next stage sent back."""
     roots: list[tuple[Tensor, Tensor | None]] = [(loss, None)] if loss.requires_grad else []
     roots += [hidden] if hidden is not None else []
-    torch.autograd.backward(*map(list, zip(*roots, strict=True)))
+    torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])

@@ -11,11 +11,12 @@ from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.config import OptimizerConfig
 from training.determinism import DTYPES
-from training.engine import STAGE, Engine
+from training.engine import Engine
 from training.support import DEEPSPEED
 
 Shards = Mapping[str, Shard]
-Maker = Callable[[nn.Module, Shards, Mesh, OptimizerConfig, torch.dtype], Engine]
+Stages = Mapping[int, nn.Module]
+Maker = Callable[[Stages, Shards, Mesh, OptimizerConfig, torch.dtype], Engine]
 
 
 def choose_dtype(name: EngineName, compute: torch.dtype) -> torch.dtype:
@@ -24,18 +25,18 @@ def choose_dtype(name: EngineName, compute: torch.dtype) -> torch.dtype:
 
 
 def build_engine(
-    name: EngineName, module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, compute: torch.dtype
+    name: EngineName, stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerConfig, compute: torch.dtype
 ) -> Engine:
-    """The engine ``name`` over ``module``, whose parameters have ``choose_dtype``. Collective over all ranks.
+    """The engine ``name`` over ``stages``, whose parameters have ``choose_dtype``. Collective over all ranks.
 
     Raises ValueError for a pattern of ``optimizer.no_decay`` that matches no parameter.
     """
-    return MAKERS[name](module, shards, mesh, config, compute)
+    return MAKERS[name](stages, shards, mesh, config, compute)
 
 
-def hand_over(module: nn.Module, shards: Shards, mesh: Mesh, config: TrainConfig) -> Engine:
+def hand_over(stages: Stages, shards: Shards, mesh: Mesh, config: TrainConfig) -> Engine:
     """``build_engine`` as ``config`` has it."""
-    return build_engine(config.parallel.engine, module, shards, mesh, config.optimizer, DTYPES[config.precision])
+    return build_engine(config.parallel.engine, stages, shards, mesh, config.optimizer, DTYPES[config.precision])
 
 
 def load_library(name: EngineName, device: str) -> None:
@@ -49,29 +50,30 @@ def load_library(name: EngineName, device: str) -> None:
 # Each engine's library is loaded with the first engine of its kind.
 
 
-def _make_native(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
+def _make_native(stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
     from training.native import Native
 
-    return Native({STAGE: module}, shards, mesh, config)
+    return Native(stages, shards, mesh, config)
 
 
-def _make_fsdp2(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, compute: torch.dtype) -> Engine:
+def _make_fsdp2(stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerConfig, compute: torch.dtype) -> Engine:
     from training.fsdp2 import Fsdp2, shard_stage
 
-    shard_stage(module, mesh, compute)
-    return Fsdp2({STAGE: module}, shards, mesh, config)
+    for module in stages.values():
+        shard_stage(module, mesh, compute)
+    return Fsdp2(stages, shards, mesh, config)
 
 
-def _make_zero1(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
+def _make_zero1(stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
     from training.zero import DeepSpeed
 
-    return DeepSpeed({STAGE: module}, shards, mesh, config, zero=1)
+    return DeepSpeed(stages, shards, mesh, config, zero=1)
 
 
-def _make_zero2(module: nn.Module, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
+def _make_zero2(stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
     from training.zero import DeepSpeed
 
-    return DeepSpeed({STAGE: module}, shards, mesh, config, zero=2)
+    return DeepSpeed(stages, shards, mesh, config, zero=2)
 
 
 MAKERS: dict[EngineName, Maker] = {

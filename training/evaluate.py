@@ -8,10 +8,9 @@ rank runs equally many: sequences past the last that is wanted fill up and count
 import torch
 from torch import Tensor
 
-from model.batch import Batch, Denominators, count_labels
+from model.batch import Batch, count_labels
 from parallel.topology import Axis
 from training.agree import sum_over
-from training.engine import STAGE
 from training.setup import Setup
 
 
@@ -27,23 +26,20 @@ def evaluate(setup: Setup) -> float:
     with torch.set_grad_enabled(setup.machine.compiled):
         total, labels = _measure(setup)
     counted = int(sum_over(labels, setup.mesh, Axis.dp))
-    return sum_over(total, setup.mesh, Axis.stage).item() / max(1, counted)
+    return sum_over(total, setup.mesh).item() / max(1, counted)
 
 
 def _measure(setup: Setup) -> tuple[Tensor, Tensor]:
     """This rank's share of the sum of losses, and the labels of its sequences."""
     mesh, depth, size = setup.mesh, setup.config.model.mtp.depth, setup.config.run.micro_batch
-    # What a loss would be divided by for a backward: the sums that are read here come undivided.
-    denominators = Denominators((1.0,) * (1 + depth), 1.0)
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    labels, wanted = 0, count_sequences(setup)
+    batches, labels, wanted = [], 0, count_sequences(setup)
     for first in range(0, wanted, size * mesh.degree(Axis.dp)):
         at = first + size * mesh.coordinate(Axis.dp)
         batch = setup.text.held_out.read(at, size)
         batch.counted[max(0, wanted - at) :] = False
         labels += count_labels(batch, depth)[0]
-        total += setup.engine.forward(STAGE, move(batch, mesh.device), denominators).sums[0].detach()
-    return total, torch.tensor(labels, device=mesh.device)
+        batches.append(move(batch, mesh.device))
+    return setup.runner.evaluate(setup.engine, batches)[0], torch.tensor(labels, device=mesh.device)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -33,7 +33,7 @@ from parallel.placement import Shard
 from parallel.topology import Axis
 from training.chunk import Chunk, fill
 from training.config import MomentDtype, OptimizerConfig
-from training.engine import State, Update
+from training.engine import Hidden, State, Update, differentiate
 from training.optimizer import Part, match, sum_squares, update
 
 UNEVEN = 16  # rows a rank, from which on one row more or less does not matter

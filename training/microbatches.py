@@ -1,14 +1,12 @@
-"""The micro-batches of one step, over all ranks: what their sums are divided by, forward and backward, the totals.
+"""The micro-batches of one step, over all ranks: what their sums are divided by, and the totals.
 
-losses, aux, load    a rank has its share of them: the whole is the sum over the ranks of its stage
+losses, aux, load    a rank has its share of them: the whole is the sum over all ranks, whatever stages they have
 labels, sequences    ranks of one place along dp read the same sequences: the whole is the sum over dp alone
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from model.batch import Batch, Denominators, count_labels
 from model.transformer import Transformer
@@ -17,15 +15,7 @@ from parallel.locality import Travel
 from parallel.mesh import Mesh
 from parallel.topology import Axis
 from training.agree import sum_over
-from training.engine import STAGE, Engine
-
-
-class Totals(NamedTuple):
-    """Sums over the micro-batches of a step."""
-
-    losses: Tensor  # [1 + D] cross entropy in nats
-    aux: Tensor  # auxiliary loss over sequences and layers
-    load: Tensor  # [routed layers, E] tokens per expert
+from training.pipeline import Sums
 
 
 def count_denominators(batches: Sequence[Batch], depth: int, mesh: Mesh) -> Denominators:
@@ -39,32 +29,16 @@ def count_denominators(batches: Sequence[Batch], depth: int, mesh: Mesh) -> Deno
     return Denominators(tuple(float(max(1, count)) for count in tokens), float(sequences))
 
 
-def accumulate(
-    engine: Engine, batches: Sequence[Batch], denominators: Denominators, stop: Callable[[], bool]
-) -> Totals | None:
-    """Runs every micro-batch forward and backward. Returns the sums of this rank, or None once ``stop`` says so."""
-    totals = None
-    for batch in batches:
-        if stop():
-            return None
-        losses = engine.forward(STAGE, batch, denominators)
-        engine.backward(STAGE, losses.total)
-        here = Totals(losses.sums, losses.aux, losses.load)
-        totals = here if totals is None else Totals(*(a + b for a, b in zip(totals, here, strict=True)))
-    engine.finished(STAGE)
-    return totals
-
-
-def total_over_ranks(share: Totals, mesh: Mesh) -> Totals:
-    """The sums of the whole stage from those of its ranks, losses in float64. Collective over the stage.
+def total_over_ranks(share: Sums, mesh: Mesh) -> Sums:
+    """The sums of the whole model from those of its ranks, losses in float64. Collective over all ranks.
 
     One vector travels, in float64, which holds counts below 2^53 exactly.
     """
-    vector = sum_over(torch.cat([part.double().flatten() for part in share]), mesh, Axis.stage)
+    vector = sum_over(torch.cat([part.double().flatten() for part in share]), mesh)
     losses, aux, load = vector.split([part.numel() for part in share])
-    return Totals(losses, aux[0], load.view(share.load.shape).long())
+    return Sums(losses, aux[0], load.view(share.load.shape).long())
 
 
-def total_travel(model: Transformer, mesh: Mesh) -> Travel:
-    """How far the tokens of the micro-batches since the last call have travelled. Collective over the stage."""
-    return Travel(*sum_over(take_travelled(model, mesh), mesh, Axis.stage).tolist())
+def total_travel(models: Iterable[Transformer], mesh: Mesh) -> Travel:
+    """How far the tokens of the micro-batches since the last call have travelled. Collective over all ranks."""
+    return Travel(*sum_over(take_travelled(models, mesh), mesh).tolist())

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.transformer import Transformer
+from parallel.build import Shards, Stages
 from parallel.collectives import all_to_all
 from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh, Traffic
@@ -23,14 +23,13 @@ from parallel.placement import Shard
 from parallel.topology import Axis
 from training.chunk import Chunk
 from training.engine import Engine
+from training.gather import name_tensors
 
 
 @torch.no_grad()
-def move_experts(
-    model: Transformer, shards: Mapping[str, Shard], engine: Engine, orders: Mapping[str, Tensor], mesh: Mesh
-) -> None:
-    """``orders``: for a block's name, the expert [E] of every slot from now on. Collective; the same on all ranks."""
-    exchanges = find_exchanges(model)
+def move_experts(stages: Stages, shards: Shards, engine: Engine, orders: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """``orders``: for a block's name, the expert [E] of every slot from now on. Collective."""
+    exchanges, held = find_exchanges(stages.values()), name_tensors(stages.values())
     travels: dict[str, Tensor] = {}  # for a parameter, the slot [E] that the content of each slot comes from
     for name, order in orders.items():
         came_from = exchanges[name].places[order]
@@ -38,7 +37,7 @@ def move_experts(
         travels |= {p: came_from for p in shards if p.startswith(f"{name}.experts.routed.")}
     state = engine.state()
     for parameter, came in travels.items():
-        wide = torch.promote_types(model.get_parameter(parameter).dtype, torch.float32)
+        wide = torch.promote_types(held[parameter].dtype, torch.float32)
         for name in (f"{part}/{parameter}" for part in ("master", "m", "v")):
             own = [chunk for chunk in state.chunks if chunk.name == name]
             whole = torch.zeros(shards[parameter].shape, dtype=wide, device=mesh.device)

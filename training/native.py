@@ -178,7 +178,9 @@ class Native:
         complete(launched for slab in self._all() for launched in slab.publish())
 
     def _take(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        assert isinstance(parameter, nn.Parameter)
+        if parameter.grad is None:  # its gradient is put off
+            return
         self.accumulate(parameter, parameter.grad)
         parameter.grad = None
 

@@ -2,26 +2,50 @@
 
     F   the stage's forward; its input becomes a leaf, its output goes on without history
     B   from the stage's own part of the loss and the gradient of its output, to its input
-    I   the same, with the large weight gradients put off      W   computes them, in the order in which they were put off
+    I   the same, with the large weight gradients put off
+    W   computes them, in the order in which they were put off
 
 Between its F and its B a micro-batch keeps what autograd keeps; every stage but the last gives away its output at once.
 Shapes: an activation is [B, S / (cp tp), H].
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from configs.schema import TrainConfig
 from model.batch import Batch, Denominators, Losses
 from model.config import ModelConfig
 from model.linear import WeightGradient
-from parallel.mesh import Mesh
+from parallel.config import ParallelConfig
+from parallel.mesh import Mesh, Traffic
 from parallel.pipeline.action import Op, parts
 from parallel.pipeline.lower import Exchange, Step
+from parallel.pipeline.plan import divide_model, evaluation, program, schedule_of
+from parallel.pipeline.run import Interpreter, Span
+from parallel.pipeline.stages import Pipeline
 from parallel.topology import Axis
-from training.engine import Engine
+from training.determinism import DTYPES
+from training.engine import Hidden
+from training.ramp import count_microbatches, schedule_batches
+
+
+class Differentiator(Protocol):
+    """What a step needs of an engine."""
+
+    def forward(self, stage: int, *args: Any) -> Any:
+        """See ``Engine``."""
+
+    def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
+        """See ``Engine``."""
+
+    def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """See ``Engine``."""
+
+    def finished(self, stage: int) -> None:
+        """See ``Engine``."""
 
 
 class Sums(NamedTuple):
@@ -33,21 +57,17 @@ class Sums(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Of what travels between stages."""
+    """Of what travels between stages, and of a loss."""
 
     length: int  # tokens of a sequence on this rank
     hidden: int
+    losses: int  # 1 + D
     dtype: torch.dtype
     device: torch.device
 
     def allocate(self, batch: Batch) -> Tensor:
         """Memory for an activation of ``batch``."""
         return torch.empty(len(batch.ids), self.length, self.hidden, dtype=self.dtype, device=self.device)
-
-
-def shape_activations(config: ModelConfig, length: int, dtype: torch.dtype, mesh: Mesh) -> Shapes:
-    """What travels between the stages of ``config`` where sequences have ``length`` tokens in all."""
-    return Shapes(length // mesh.degree(Axis.sequence), config.hidden, dtype, mesh.device)
 
 
 class Pending(NamedTuple):
@@ -59,10 +79,15 @@ class Pending(NamedTuple):
 
 
 class Training:
-    """Forward and backward of a step's micro-batches; ``sums`` when they are done. See ``parallel.pipeline.run.Work``."""
+    """Forward and backward of a step's micro-batches; ``sums`` when they are done: a ``parallel.pipeline.run.Work``."""
 
     def __init__(
-        self, engine: Engine, batches: Sequence[Batch], denominators: Denominators, shapes: Shapes, steps: Sequence[Step]
+        self,
+        engine: Differentiator,
+        batches: Sequence[Batch],
+        denominators: Denominators,
+        shapes: Shapes,
+        steps: Sequence[Step],
     ) -> None:
         self._engine, self._batches, self._denominators, self._shapes = engine, batches, denominators, shapes
         self._split = {  # whose weight gradients are put off
@@ -94,12 +119,14 @@ class Training:
             self._pending[stage, microbatch] = Pending(None, losses._replace(hidden=None), deferred)
         return None if x is None else x.grad
 
+    @torch.no_grad()
     def weight(self, stage: int, microbatch: int) -> None:
         """See ``Work``."""
         deferred = self._pending.pop((stage, microbatch)).deferred
         assert deferred is not None
         while deferred:
             parameter, compute = deferred.pop(0)
+            assert isinstance(parameter, nn.Parameter)
             self._engine.accumulate(parameter, compute())
 
     def finished(self, stage: int) -> None:
@@ -114,8 +141,83 @@ class Training:
 class Evaluation:
     """Forwards alone; ``losses`` [1 + D] in float64 when they are done. See ``parallel.pipeline.run.Work``."""
 
-    def __init__(self, engine: Engine, batches: Mapping[int, Batch] | Sequence[Batch], shapes: Shapes, depth: int) -> None:
+    def __init__(self, engine: Differentiator, batches: Sequence[Batch], shapes: Shapes) -> None:
         self._engine, self._batches, self._shapes = engine, batches, shapes
         # What a loss would be divided by for a backward: the sums that are read here come undivided.
-        self._denominators = Denominators((1.0,) * (1 + depth), 1.0)
-        self.losses = torch.zeros(1 + depth, dtype=torch.float64, device=shapes.device)
+        self._denominators = Denominators((1.0,) * shapes.losses, 1.0)
+        self.losses = torch.zeros(shapes.losses, dtype=torch.float64, device=shapes.device)
+
+    def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
+        """See ``Work``."""
+        losses: Losses = self._engine.forward(stage, self._batches[microbatch], self._denominators, None, x)
+        self.losses += losses.sums.detach()
+        return None if losses.hidden is None else losses.hidden.detach()
+
+    def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
+        """There is none."""
+        raise AssertionError("an evaluation has no backward")
+
+    def weight(self, stage: int, microbatch: int) -> None:
+        """There is none."""
+        raise AssertionError("an evaluation has no backward")
+
+    def finished(self, stage: int) -> None:
+        """There is no gradient."""
+
+    def allocate(self, microbatch: int) -> Tensor:
+        """See ``Work``."""
+        return self._shapes.allocate(self._batches[microbatch])
+
+
+class Runner:
+    """Steps and evaluations of a rank, by the programs of its pipeline."""
+
+    def __init__(self, parallel: ParallelConfig, pipeline: Pipeline, shapes: Shapes, mesh: Mesh) -> None:
+        self.pipeline, self._parallel, self._shapes = pipeline, parallel, shapes
+        self._place = mesh.coordinate(Axis.pp)
+        self._interpreter = Interpreter(mesh.group(Axis.pp, Traffic.pipeline), self._place)
+
+    def step(
+        self,
+        engine: Differentiator,
+        batches: Sequence[Batch],
+        denominators: Denominators,
+        stop: Callable[[], bool] | None = None,
+        spans: list[Span] | None = None,
+    ) -> Sums | None:
+        """Forward and backward of every micro-batch. The sums of this rank, or None once ``stop`` says so."""
+        steps = program(self._parallel, len(batches)).lists[self._place]
+        work = Training(engine, batches, denominators, self._shapes, steps)
+        return work.sums if self._interpreter.run(steps, work, stop, spans) else None
+
+    def evaluate(self, engine: Differentiator, batches: Sequence[Batch]) -> Tensor:
+        """This rank's share of the sums of cross entropy, [1 + D]."""
+        work = Evaluation(engine, batches, self._shapes)
+        self._interpreter.run(evaluation(self.pipeline, len(batches)).lists[self._place], work)
+        return work.losses
+
+
+def shape_activations(model: ModelConfig, length: int, dtype: torch.dtype, mesh: Mesh) -> Shapes:
+    """What travels between the stages of ``model`` where whole sequences have ``length`` tokens."""
+    return Shapes(length // mesh.degree(Axis.sequence), model.hidden, 1 + model.mtp.depth, dtype, mesh.device)
+
+
+def make_runner(config: TrainConfig, pipeline: Pipeline, mesh: Mesh) -> Runner:
+    """The runner of a run."""
+    shapes = shape_activations(config.model, config.data.sequence_length, DTYPES[config.precision], mesh)
+    return Runner(config.parallel, pipeline, shapes, mesh)
+
+
+def arrange_stages(config: TrainConfig, replicas: int) -> Pipeline:
+    """Which layers are a stage, and who has it: the same for every size of the batch.
+
+    Raises ValueError, naming the step, for a number of micro-batches that the schedule cannot take.
+    """
+    schedules = []
+    for level in schedule_batches(config.run, config.data.sequence_length).levels:
+        count = count_microbatches(level.batch, config.run.micro_batch, replicas)
+        try:
+            schedules.append(schedule_of(config.parallel, count))
+        except ValueError as error:
+            raise ValueError(f"step {level.step}, a batch of {level.batch}: {error}") from None
+    return divide_model(config.parallel, config.model, schedules[-1])

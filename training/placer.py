@@ -6,17 +6,15 @@ A router that limits a token to a few groups of experts does so to limit the nod
 node that it started on. Numbers do not change, only where they are computed.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from model.transformer import Transformer
 from parallel.balance import rearrange
+from parallel.build import Shards, Stages
 from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh
-from parallel.placement import Shard
 from parallel.topology import Axis
+from training.agree import sum_over
 from training.engine import Engine
 from training.move import move_experts
 
@@ -24,9 +22,9 @@ from training.move import move_experts
 class Placer:
     """Loads since the last move, and the next one."""
 
-    def __init__(self, model: Transformer, shards: Mapping[str, Shard], engine: Engine, mesh: Mesh, every: int) -> None:
+    def __init__(self, stages: Stages, shards: Shards, engine: Engine, mesh: Mesh, every: int) -> None:
         """Moves every ``every`` steps, 0: never. All ranks move alike, for all have seen the same loads."""
-        self._model, self._shards, self._engine, self._mesh = model, shards, engine, mesh
+        self._stages, self._shards, self._engine, self._mesh = stages, shards, engine, mesh
         self._every, self._steps = every if mesh.degree(Axis.ep) > 1 else 0, 0
         self._load: Tensor | None = None
 
@@ -43,16 +41,19 @@ class Placer:
             return 0
         orders, moved = self._plan(self._load)
         self._load = None
-        if orders:
-            move_experts(self._model, self._shards, self._engine, orders, self._mesh)
-        return moved
+        everywhere = int(sum_over(torch.tensor(moved, device=self._mesh.device), self._mesh))
+        if everywhere:
+            move_experts(self._stages, self._shards, self._engine, orders, self._mesh)
+        return everywhere // self._mesh.topology.stage_size  # every rank of a stage has counted the same
 
     def _plan(self, load: Tensor) -> tuple[dict[str, Tensor], int]:
         """Orders of the blocks whose experts move, and how many change ranks."""
-        moe, ranks = self._model.config.moe, self._mesh.degree(Axis.ep)
+        models = self._stages.values()
+        moe, ranks = next(iter(models)).config.moe, self._mesh.degree(Axis.ep)
         nodes = max(1, ranks // self._mesh.ranks_per_node) if moe.groups > moe.top_groups else 1
         orders, moved = {}, 0
-        for (name, exchange), counts in zip(find_exchanges(self._model).items(), load, strict=True):
+        rows = [row for model in models for row in model.rows()]
+        for (name, exchange), counts in zip(find_exchanges(models).items(), load[rows], strict=True):
             now = exchange.places.argsort()  # the expert in each slot
             then = torch.from_numpy(rearrange(counts.cpu().numpy(), now.cpu().numpy(), ranks, nodes)).to(now.device)
             ranks_now, ranks_then = (order.argsort() // (len(order) // ranks) for order in (now, then))

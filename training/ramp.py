@@ -62,6 +62,11 @@ class BatchSchedule:
         return self.levels[bisect_right(self.levels, step, key=lambda level: level.step) - 1]
 
 
+def count_microbatches(batch: int, micro_batch: int, replicas: int) -> int:
+    """Micro-batches that each of ``replicas`` has of a global batch, the last of them perhaps smaller."""
+    return -(-batch // (micro_batch * replicas))
+
+
 def batch_sizes(run: RunSection) -> range:
     """The sizes that the global batch takes in a run, ascending, in sequences; the last is ``run.global_batch``."""
     start = run.global_batch if run.ramp.start is None else run.ramp.start

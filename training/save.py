@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 def save(model: nn.Module, folder: Path, shard: int = SHARD) -> None:
     """Writes every parameter and buffer of ``model``, each once, to ``folder``, which must not exist."""
     # Clones, because parameters are slices of one buffer and a file holds each tensor by itself.
-    write(((name, tensor.to("cpu", copy=True)) for name, tensor in name_tensors(model).items()), folder, shard)
+    write(((name, tensor.to("cpu", copy=True)) for name, tensor in name_tensors([model]).items()), folder, shard)
 
 
 def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard: int = SHARD) -> None:
@@ -58,7 +58,7 @@ def load(model: nn.Module, folder: Path) -> None:
     Raises ValueError naming the file or tensor where something is missing, left over, of another shape or damaged.
     """
     entries = _read_manifest(folder / MANIFEST)
-    tensors = name_tensors(model)
+    tensors = name_tensors([model])
     if wrong := sorted(tensors.keys() ^ entries.keys()):
         raise ValueError(f"{folder} does not fit the model: {', '.join(wrong[:5])} on one side only")
     for file in sorted({entry["file"] for entry in entries.values()}):

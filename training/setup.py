@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from configs.schema import TrainConfig
-from model.transformer import Transformer
+from parallel.build import Shards, Stages
 from parallel.mesh import Mesh
+from parallel.topology import Axis
 from training.engine import Engine
-from training.engines import Shards, hand_over
+from training.engines import hand_over
 from training.machine import Machine, prepare_machine
+from training.pipeline import Runner, arrange_stages, make_runner
 from training.placer import Placer
 from training.ramp import BatchSchedule, schedule_batches
 from training.text import Text, open_shared_text
-from training.weights import build_model, count_parameters
+from training.weights import build_parts, count_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +26,18 @@ class Setup:
     machine: Machine
     text: Text
     schedule: BatchSchedule
-    model: Transformer  # this rank's part
+    stages: Stages  # this rank's part of the model
     shards: Shards  # which part of the whole each parameter is
     engine: Engine  # owns the parameters
     placer: Placer  # moves experts between ranks
+    runner: Runner  # of its steps and evaluations
 
     def facts(self) -> dict[str, object]:
         """What the record opens with."""
         return {
             **self.machine.facts(),
             "data": self.text.digest,
-            "parameters": count_parameters(self.shards),
+            "parameters": count_parameters(self.config.model),
         }
 
 
@@ -46,13 +49,17 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
     """
     machine = prepare_machine(config, mesh)
     text = open_shared_text(config, report, mesh)
-    model, shards = build_model(config, mesh)
-    engine = hand_over(model, shards, mesh, config)
+    schedule = schedule_batches(config.run, config.data.sequence_length)
+    pipeline = arrange_stages(config, mesh.degree(Axis.dp))
+    mesh.share(pipeline.shared(config.model))
+    stages, shards = build_parts(config, mesh, pipeline)
+    engine = hand_over(stages, shards, mesh, config)
     if machine.compiled:
         from model.compile import compile_segments
 
-        compile_segments(model)
+        for model in stages.values():
+            compile_segments(model)
     report(f"{config.model.name} in {config.precision} on {machine.describe()}")
-    schedule = schedule_batches(config.run, config.data.sequence_length)
-    placer = Placer(model, shards, engine, mesh, config.parallel.rebalance_every)
-    return Setup(config, mesh, machine, text, schedule, model, shards, engine, placer)
+    placer = Placer(stages, shards, engine, mesh, config.parallel.rebalance_every)
+    runner = make_runner(config, pipeline, mesh)
+    return Setup(config, mesh, machine, text, schedule, stages, shards, engine, placer, runner)

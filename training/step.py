@@ -12,11 +12,12 @@ from collections.abc import Callable
 from time import monotonic
 
 from model.statistics import measure_balance
+from parallel.exchange import take_travelled
 from parallel.topology import Axis
 from training.determinism import measure_peak_memory
 from training.evaluate import move
 from training.metrics import StepRow
-from training.microbatches import accumulate, count_denominators, total_over_ranks, total_travel
+from training.microbatches import count_denominators, total_over_ranks, total_travel
 from training.rates import rate
 from training.setup import Setup
 
@@ -30,17 +31,19 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
     plan = setup.schedule.plan(step, config.run.micro_batch, mesh.degree(Axis.dp), mesh.coordinate(Axis.dp))
     batches = [move(setup.text.train.read(first, count), mesh.device) for first, count in plan]
     denominators = count_denominators(batches, config.model.mtp.depth, mesh)
+    take_travelled(setup.stages.values(), mesh)  # what evaluations have moved
     setup.engine.begin()
-    share = accumulate(setup.engine, batches, denominators, stop)
+    share = setup.runner.step(setup.engine, batches, denominators, stop)
     if share is None:
         return None
     totals = total_over_ranks(share, mesh)
-    travel = total_travel(setup.model, mesh)
+    travel = total_travel(setup.stages.values(), mesh)
     losses = [loss / count for loss, count in zip(totals.losses.tolist(), denominators.tokens, strict=True)]
     lr = rate(config.optimizer, step, config.run.steps, setup.schedule)
     update = setup.engine.step(lr, finite=all(map(math.isfinite, losses)))
     if update.applied:
-        setup.model.update_biases(totals.load, config.model.moe.bias_speed)
+        for stage in setup.stages.values():
+            stage.update_biases(totals.load, config.model.moe.bias_speed)
     balance, moved = measure_balance(totals.load), setup.placer.take(totals.load)
     tokens = setup.schedule.size(step) * config.data.sequence_length
     seconds = monotonic() - started

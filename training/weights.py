@@ -1,21 +1,19 @@
 """A model's first weights on every rank: drawn, or read from published ones. The last ones: training/whole.py."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from configs.schema import TrainConfig
 from model.build import allocate
 from model.config import ModelConfig
 from model.count import count
-from model.transformer import Transformer
 from parallel.build import Shards, Stages, allocate_stages, build_stages
 from parallel.mesh import Mesh
 from parallel.pipeline.stages import Pipeline
 from training.determinism import DTYPES
 from training.engines import choose_dtype
+from training.gather import name_tensors
 
 
 def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
@@ -42,13 +40,6 @@ def is_whole(stages: Stages, shards: Shards) -> bool:
     """Whether a rank holds every parameter in full: then its one stage is the plain model."""
     plain = all(model.here == range(model.config.num_layers) for model in stages.values())
     return plain and all(shard.shape == shard.global_shape for shard in shards.values())
-
-
-def name_tensors(stages: Iterable[Transformer]) -> dict[str, Tensor]:
-    """Parameters and buffers of all ``stages`` by name, detached; one that is used twice has one name."""
-    return {
-        name: t.detach() for model in stages for name, t in (*model.named_parameters(), *model.named_buffers())
-    }
 
 
 def count_parameters(config: ModelConfig) -> int:

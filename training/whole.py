@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from model.build import allocate, outline
 from model.transformer import Transformer
 from training.determinism import DTYPES, measure_free_memory
-from training.gather import gather_whole, name_tensors
+from training.gather import gather_whole
 from training.save import load, write
 from training.setup import Setup
 from training.weights import count_parameters, is_whole
@@ -19,8 +19,7 @@ def save_weights(setup: Setup, folder: Path) -> None:
     Rank 0 writes; collective over all ranks.
     """
     plain = outline(setup.config.model, DTYPES[setup.config.precision])
-    dtypes = {name: tensor.dtype for name, tensor in name_tensors(plain).items()}
-    tensors = gather_whole(setup.model, setup.shards, dtypes, setup.mesh)
+    tensors = gather_whole(setup.stages, setup.shards, setup.runner.pipeline, plain, setup.mesh)
     if setup.mesh.rank == 0:
         write(tensors, folder)
     else:
@@ -33,12 +32,13 @@ def find_whole(setup: Setup, saved: Path) -> Transformer:
 
     Raises ValueError where nothing is saved, and where the whole does not fit into memory.
     """
-    if is_whole(setup.shards) and not isinstance(next(setup.model.parameters()), DTensor):
-        return setup.model
+    first = next(iter(setup.stages.values()))
+    if is_whole(setup.stages, setup.shards) and not isinstance(next(first.parameters()), DTensor):
+        return first
     if not saved.exists():
         raise ValueError("the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")
     dtype, device = DTYPES[setup.config.precision], setup.mesh.device
-    size, free = count_parameters(setup.shards) * dtype.itemsize, measure_free_memory(device)
+    size, free = count_parameters(setup.config.model) * dtype.itemsize, measure_free_memory(device)
     if size > free:
         raise ValueError(f"the whole model takes {size / 1e9:.1f} GB, and rank 0 has {free / 1e9:.1f} GB free")
     whole = allocate(setup.config.model, dtype, device)

@@ -37,7 +37,7 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
 from training.config import OptimizerConfig
-from training.engine import State, Update
+from training.engine import Hidden, State, Update, differentiate
 from training.optimizer import match, sum_squares
 from training.partition import Partition, connect
 

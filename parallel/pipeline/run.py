@@ -9,7 +9,7 @@ Training, evaluation and measurement differ in their ``Work`` alone; with one ra
 program is gradient accumulation.
 
 Exchanges start without waiting. The order of a lowered program cannot deadlock even where every exchange waits for its
-peers (parallel/pipeline/lower.py), so it is safe to wait for an earlier one at any time: buffers of sends are given away
+peers (parallel/pipeline/lower.py), so it is safe to wait for an earlier one at any time: what is sent is let go
 ``WINDOW`` exchanges later.
 """
 
@@ -48,14 +48,14 @@ class Work(Protocol):
         """Memory for an activation of a micro-batch, or for its gradient."""
 
 
-class Arriving(NamedTuple):
-    """A tensor on its way."""
+class UnderWay(NamedTuple):
+    """A tensor on its way, here or from here. To be waited for once: gloo would wait for a second one."""
 
     buffer: Tensor
     work: dist.Work
 
     def wait(self) -> Tensor:
-        """The tensor, once it is there."""
+        """The tensor, once it has arrived."""
         self.work.wait()
         return self.buffer
 
@@ -66,8 +66,8 @@ class Interpreter:
     def __init__(self, group: dist.ProcessGroup | None, rank: int = 0) -> None:
         """``group``: the ranks of the pipeline in order, of which this is ``rank``; None where it is the only one."""
         self._group, self._rank = group, rank
-        self._held: dict[Name, Tensor | Arriving] = {}
-        self._leaving: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+        self._held: dict[Name, Tensor | UnderWay] = {}
+        self._leaving: deque[list[UnderWay]] = deque()
 
     def run(
         self,
@@ -77,12 +77,14 @@ class Interpreter:
         spans: list[Span] | None = None,
     ) -> bool:
         """Runs ``steps``; False if ``stop`` said so before a forward. ``spans`` gets what ran when, in seconds."""
-        last = _find_last(steps)
+        last, done = _find_last(steps), list[int]()
         began = perf_counter()
         for number, step in enumerate(steps):
             if isinstance(step, Exchange):
                 self._exchange(step, work)
                 continue
+            # Only now: what the stage's last action made has left, and whoever waits for it goes on.
+            _finish(done, work)
             for action in parts(step):
                 if action.op is Op.F and stop is not None and stop():
                     self._held.clear()
@@ -92,7 +94,8 @@ class Interpreter:
                 if spans is not None:
                     spans.append(Span(self._rank, action, start - began, perf_counter() - began))
                 if last.get(action.stage) == (number, action):
-                    work.finished(action.stage)
+                    done.append(action.stage)
+        _finish(done, work)
         while self._leaving:
             self._release()
         assert not self._held, f"made and never read: {sorted(self._held)}"
@@ -117,34 +120,41 @@ class Interpreter:
     def _take(self, name: Name, missing: bool = False) -> Tensor | None:
         """What is held; the last stage gets no gradient from behind."""
         held = self._held.pop(name, None) if missing else self._held.pop(name)
-        return held.wait() if isinstance(held, Arriving) else held
+        return held.wait() if isinstance(held, UnderWay) else held
 
     def _exchange(self, exchange: Exchange, work: Work) -> None:
-        operations, arriving, sent = [], [], []
-        for number, (kind, what, stage, microbatch, peer) in enumerate(exchange.transfers):
-            name = (what, stage, microbatch)
+        operations = []
+        for kind, what, stage, microbatch, peer in exchange.transfers:
             if kind is Kind.send:
-                tensor = self._take(name)
+                tensor = self._take((what, stage, microbatch))
                 assert tensor is not None
-                sent.append(tensor.contiguous())
-                operations.append(dist.P2POp(dist.isend, sent[-1], group=self._group, group_peer=peer))
+                operations.append(dist.P2POp(dist.isend, tensor.contiguous(), group=self._group, group_peer=peer))
             else:
                 buffer = work.allocate(microbatch)
-                arriving.append((number, name, buffer))
                 operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=peer))
-        works = dist.batch_isend_irecv(operations)
-        for number, name, buffer in arriving:
-            # A backend may make one work of the whole batch.
-            self._held[name] = Arriving(buffer, works[number if len(works) == len(operations) else 0])
-        if sent:
-            self._leaving.append((works, sent))
+        started = dist.batch_isend_irecv(operations)
+        # A backend may make one work of the whole batch.
+        works = started if len(started) == len(operations) else started * len(operations)
+        leaving = []
+        for transfer, operation, under_way in zip(exchange.transfers, operations, works, strict=True):
+            kind, *_ = transfer
+            if kind is Kind.send:
+                leaving.append(UnderWay(operation.tensor, under_way))
+            else:
+                self._held[transfer[1:4]] = UnderWay(operation.tensor, under_way)
+        if leaving:
+            self._leaving.append(leaving)
             while len(self._leaving) > WINDOW:
                 self._release()
 
     def _release(self) -> None:
-        works, _ = self._leaving.popleft()
-        for under_way in works:
-            under_way.wait()
+        for leaving in self._leaving.popleft():
+            leaving.wait()
+
+
+def _finish(done: list[int], work: Work) -> None:
+    while done:
+        work.finished(done.pop(0))
 
 
 def _find_last(steps: Sequence[Step]) -> dict[int, tuple[int, Action]]:

@@ -9,7 +9,7 @@ that is ``across``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -38,6 +38,10 @@ class Pipeline(NamedTuple):
         """The pipeline ranks that hold the parameter ``name``, ascending."""
         holders_of = self.stage_map.holders_of
         return tuple(sorted({rank for stage in self.stages_of(name, config) for rank in holders_of[stage]}))
+
+    def names_of(self, rank: int, names: Iterable[str], config: ModelConfig) -> set[str]:
+        """Those of ``names`` that pipeline rank ``rank`` holds."""
+        return {name for name in names if rank in self.across(name, config)}
 
     def shared(self, config: ModelConfig) -> set[tuple[int, ...]]:
         """Every set of several pipeline ranks that hold a parameter together."""

@@ -9,16 +9,17 @@ so that micro-batches, data-parallel ranks and shards of a sequence all differ i
 Shapes: N sequences a step, S tokens a sequence, D depth of multi-token prediction.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from model.batch import Batch
 from model.config import ModelConfig
 from model.transformer import Transformer
-from parallel.config import EngineName
+from parallel.config import EngineName, ParallelConfig, PipelineConfig
 from parallel.mesh import Mesh
+from parallel.pipeline.plan import divide_model, schedule_of
+from parallel.pipeline.stages import Pipeline
 from parallel.topology import Axis, Topology
 from training.config import OptimizerConfig
 from training.ramp import BatchSchedule, Level
@@ -32,6 +33,7 @@ class Case:
     model: ModelConfig
     optimizer: OptimizerConfig
     engine: EngineName = EngineName.native
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     micro_batch: int = 1  # sequences a rank reads at once
     accumulation: int = 2  # micro-batches a step
     length: int = 8  # S
@@ -46,6 +48,16 @@ class Case:
         """Sequences of a step, N. With several micro-batches of several sequences, the last is one short."""
         short = self.micro_batch > 1 and self.accumulation > 1
         return self.topology.dp * (self.micro_batch * self.accumulation - short)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """What a runner reads."""
+        return ParallelConfig(pp=self.topology.pp, pipeline=self.pipeline)
+
+    @property
+    def stages(self) -> Pipeline:
+        """Which layers are a stage, and who has it."""
+        return divide_model(self.parallel, self.model, schedule_of(self.parallel, self.accumulation))
 
     @property
     def schedule(self) -> BatchSchedule:
@@ -79,11 +91,6 @@ def disturb(case: Case, model: Transformer) -> None:
         for router in model.routers():
             # Scores lie between 0 and 1: these experts come first, whatever the token.
             router.bias[: case.model.moe.top_k] += 10
-
-
-def list_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Every parameter and buffer by its global name, detached."""
-    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def place_sequences(case: Case, mesh: Mesh, step: int) -> list[slice]:

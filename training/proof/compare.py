@@ -14,16 +14,18 @@ from parallel.topology import Axis
 from training.proof.case import Case, place_sequences
 from training.proof.parts import Parts, locate, reduce_parts
 from training.proof.report import Difference
-from training.proof.trace import Step, Trace
+from training.proof.trace import Choices, Step, Trace
 
 
 def compare(case: Case, mesh: Mesh, plain: Trace, trace: Trace, shards: Mapping[str, Shard]) -> Iterator[Difference]:
     """Everything this rank can say."""
+    floor = max((float(gradient.abs().max()) for gradient in plain.gradients.values()), default=0.0) / 100
+    here = case.stages.names_of(mesh.coordinate(Axis.pp), plain.initial, case.model)
+    plain = restrict(plain, here)
     yield from compare_tensors("initial weights", trace.initial, plain.initial, shards)
     yield Difference("data order", float((trace.read != plain.read).sum()), "step 0")
     yield Difference("loss", relate(trace.loss, plain.loss), "step 0")
     yield compare_routing(case, mesh, trace.routing, plain.routing)
-    floor = max((float(gradient.abs().max()) for gradient in plain.gradients.values()), default=0.0) / 100
     yield from compare_tensors("gradients", trace.gradients, plain.gradients, shards, floor)
     yield from compare_moments(case, mesh, trace, plain, shards, floor)
     for step, (ours, theirs) in enumerate(zip(trace.steps, plain.steps, strict=True)):
@@ -89,15 +91,27 @@ def compare_moments(
         yield Difference("owners", float((count - 1).abs().sum()), name)
 
 
-def compare_routing(case: Case, mesh: Mesh, ours: Tensor, plain: Tensor) -> Difference:
-    """Which expert each choice of this rank's tokens fell on [L, n, s, K]: the number of choices that differ."""
+def restrict(plain: Trace, names: set[str]) -> Trace:
+    """The plain run as far as tensors of these names go."""
+
+    def choose(tensors: Parts) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name in names}
+
+    return plain._replace(initial=choose(plain.initial), gradients=choose(plain.gradients), final=choose(plain.final))
+
+
+def compare_routing(case: Case, mesh: Mesh, ours: Choices, plain: Choices) -> Difference:
+    """Which expert each choice of this rank's tokens fell on: the number of choices that differ."""
     places = place_sequences(case, mesh, 0)
     tokens = span(case.length, mesh.degree(Axis.sequence), mesh.coordinate(Axis.sequence))
-    expected = torch.cat([plain[:, place] for place in places], dim=1)[:, :, tokens.start : tokens.stop]
-    if ours.shape != expected.shape:
-        return Difference("routing", math.inf, f"shape {tuple(ours.shape)} for {tuple(expected.shape)}")
-    wrong = (ours != expected).flatten(1).sum(1)
-    return Difference("routing", float(wrong.sum()), f"router {int(wrong.argmax())}" if len(wrong) else "")
+    wrong: dict[int, int] = {}
+    for (row, microbatch), choices in ours.items():
+        expected = plain[row, 0][places[microbatch], tokens.start : tokens.stop]
+        if choices.shape != expected.shape:
+            return Difference("routing", math.inf, f"shape {tuple(choices.shape)} for {tuple(expected.shape)}")
+        wrong[row] = wrong.get(row, 0) + int((choices != expected).sum())
+    worst = max(wrong, key=wrong.__getitem__, default=0)
+    return Difference("routing", float(sum(wrong.values())), f"router {worst}" if wrong else "")
 
 
 def relate(ours: Tensor, plain: Tensor, scale: float | None = None) -> float:

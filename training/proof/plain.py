@@ -13,7 +13,7 @@ from training.config import OptimizerConfig
 from training.engine import Update
 from training.optimizer import match
 from training.proof.case import Case, disturb, draw_batch
-from training.proof.trace import Step, Trace, copy_tensors, stack_choices, take_gradient, vary_rate, watch_routers
+from training.proof.trace import Step, Trace, copy_tensors, name_choices, take_gradient, vary_rate, watch_routers
 
 
 class Reference(NamedTuple):
@@ -26,9 +26,9 @@ class Reference(NamedTuple):
 def trace_plain(case: Case) -> Reference:
     """Takes the case's steps on the plain model, with torch's AdamW."""
     model, config = build(case.model, torch.float64, "cpu", case.seed), case.optimizer
-    initial = copy_tensors(model)
+    initial = copy_tensors([model])
     disturb(case, model)
-    start, parameters = copy_tensors(model), dict(model.named_parameters())
+    start, parameters = copy_tensors([model]), dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         group_parameters(parameters, config), config.lr, (config.beta1, config.beta2), config.eps
     )
@@ -51,10 +51,10 @@ def trace_plain(case: Case) -> Reference:
         model.update_biases(losses.load, case.model.moe.bias_speed)
         steps.append(Step(losses.sums, losses.aux, losses.load, Update(norm, factor, True)))
         if first is None:
-            once, choices = torch.ones(case.sequences, dtype=torch.int64), stack_choices(seen, case.sequences)
+            once, choices = torch.ones(case.sequences, dtype=torch.int64), name_choices(model, seen, 0, case.sequences)
             first = Trace(initial, once, choices, losses.total.detach(), taken, [], steps, {})
     assert first is not None
-    return Reference(first._replace(final=copy_tensors(model)), start)
+    return Reference(first._replace(final=copy_tensors([model])), start)
 
 
 def group_parameters(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -3,34 +3,38 @@
 import torch
 from torch.distributed.tensor import DTensor
 
-from parallel.build import build_sharded
+from parallel.build import Shards, build_stages
 from parallel.mesh import Mesh
-from parallel.placement import Shard
 from training.engines import build_engine
-from training.proof.case import Case, list_tensors
+from training.gather import name_tensors
+from training.pipeline import Runner, shape_activations
+from training.proof.case import Case
 from training.proof.parts import Parts, join_chunks
 from training.proof.steps import shuffle_experts, take_step
 from training.proof.trace import Trace, copy_tensors
-from training.proof.unaided import differentiate
+from training.proof.unaided import trace_unaided
 
 
-def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, dict[str, Shard]]:
+def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, Shards]:
     """Takes the steps on this rank, from ``start``. Collective over all ranks."""
-    model, shards = build_sharded(case.model, torch.float64, mesh.device, case.seed, mesh)
-    initial = copy_tensors(model)
+    pipeline = case.stages
+    mesh.share(pipeline.shared(case.model))
+    stages, shards = build_stages(case.model, torch.float64, mesh.device, case.seed, mesh, pipeline)
+    runner = Runner(case.parallel, pipeline, shape_activations(case.model, case.length, torch.float64, mesh), mesh)
+    initial = copy_tensors(stages.values())
     with torch.no_grad():
-        for name, tensor in list_tensors(model).items():
+        for name, tensor in name_tensors(stages.values()).items():
             tensor.copy_(start[name][shards[name].slices] if name in shards else start[name])
-    trace = differentiate(case, mesh, model, shards)._replace(initial=initial)
-    engine = build_engine(case.engine, model, shards, mesh, case.optimizer, torch.float64)
+    trace = trace_unaided(case, mesh, stages, shards, runner)._replace(initial=initial)
+    engine = build_engine(case.engine, stages, shards, mesh, case.optimizer, torch.float64)
     for step in range(case.steps):
-        trace.steps.append(take_step(case, mesh, model, engine, step))
+        trace.steps.append(take_step(case, mesh, stages, engine, runner, step))
         if step == 0:
             chunks = (chunk for chunk in engine.state().chunks if chunk.name.startswith("m/"))
             trace.moments.extend(chunk._replace(tensor=chunk.tensor.clone()) for chunk in chunks)
         if case.rebalance:
-            shuffle_experts(case, model, shards, engine, mesh, step)
-    final = copy_tensors(model)
+            shuffle_experts(case, stages, shards, engine, mesh, step)
+    final = copy_tensors(stages.values())
     if any(isinstance(tensor, DTensor) for tensor in final.values()):  # the engine shards what the layout left whole
         masters = [chunk for chunk in engine.state().chunks if chunk.name.startswith("master/")]
         final |= join_chunks(masters, shards, mesh)

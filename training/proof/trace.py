@@ -3,7 +3,7 @@
 Shapes: L routed layers, N sequences, S tokens, T = N S, K choices, E experts, D depth of multi-token prediction.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,7 +14,10 @@ from model.router import Router, Routing
 from model.transformer import Transformer
 from training.chunk import Chunk
 from training.engine import Update
-from training.proof.case import Case, list_tensors
+from training.gather import name_tensors
+from training.proof.case import Case
+
+Choices = dict[tuple[int, int], Tensor]  # experts [n, S, K] by routed layer and micro-batch
 
 
 class Step(NamedTuple):
@@ -31,7 +34,7 @@ class Trace(NamedTuple):
 
     initial: dict[str, Tensor]  # as built
     read: Tensor  # [N] int64, how often each sequence of the first step was read
-    routing: Tensor  # [L, N, S, K] experts of the first step's tokens
+    routing: Choices  # of the first step's tokens; the plain model has one micro-batch, 0
     loss: Tensor  # of the first step: the scalar that is differentiated
     gradients: dict[str, Tensor]  # of the first step, before clipping, summed over holders without an engine
     moments: list[Chunk]  # the first moments after the first step: what the engine took for its gradients
@@ -58,11 +61,10 @@ def watch_routers(model: Transformer) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def stack_choices(seen: Sequence[Tensor], sequences: int) -> Tensor:
-    """[T, K] of each router -> [L, N, S, K]; a model without routers has none."""
-    if not seen:
-        return torch.zeros(0, sequences, 0, 0, dtype=torch.int64)
-    return torch.stack([choices.unflatten(0, (sequences, -1)) for choices in seen])
+def name_choices(model: Transformer, seen: Sequence[Tensor], microbatch: int, sequences: int) -> Choices:
+    """[T, K] of each of a stage's routers -> [n, S, K] by its row of the load and the micro-batch."""
+    rows = zip(model.rows(), seen, strict=True)
+    return {(row, microbatch): choices.unflatten(0, (sequences, -1)) for row, choices in rows}
 
 
 def take_gradient(parameter: nn.Parameter) -> Tensor:
@@ -71,6 +73,6 @@ def take_gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient
 
 
-def copy_tensors(model: Transformer) -> dict[str, Tensor]:
+def copy_tensors(stages: Iterable[Transformer]) -> dict[str, Tensor]:
     """Every parameter and buffer by its global name."""
-    return {name: tensor.clone() for name, tensor in list_tensors(model).items()}
+    return {name: tensor.clone() for name, tensor in name_tensors(stages).items()}

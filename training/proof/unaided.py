@@ -1,34 +1,63 @@
 """The first step's gradients as autograd gives them, summed over holders without an engine."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from model.transformer import Transformer
+from model.batch import Batch
+from parallel.build import Shards, Stages
 from parallel.mesh import Mesh
-from parallel.placement import Shard
 from training import microbatches
 from training.agree import sum_over
+from training.engine import Hidden, differentiate
+from training.pipeline import Runner
 from training.proof.case import Case, place_sequences, share_batch
 from training.proof.parts import reduce_parts
-from training.proof.trace import Trace, stack_choices, take_gradient, watch_routers
+from training.proof.trace import Choices, Trace, name_choices, take_gradient, watch_routers
 
 
-def differentiate(case: Case, mesh: Mesh, model: Transformer, shards: dict[str, Shard]) -> Trace:
-    """A forward and backward of every micro-batch, each gradient summed over its holders. Collective over all ranks."""
-    batches, routing, loss = share_batch(case, mesh, 0), [], torch.zeros((), dtype=torch.float64)
-    denominators = microbatches.count_denominators(batches, case.model.mtp.depth, mesh)
-    for batch in batches:
+class Unaided:
+    """Stands where an engine would: gradients stay in ``.grad``, and what passes is watched."""
+
+    def __init__(self, stages: Stages, batches: list[Batch]) -> None:
+        self.loss, self.routing = torch.zeros((), dtype=torch.float64), Choices()
+        self._stages, self._batches = stages, batches
+
+    def forward(self, stage: int, batch: Batch, *args: Any) -> Any:
+        """Runs the stage, and notes its share of the loss and where its routers sent the tokens."""
+        model, number = self._stages[stage], next(i for i, other in enumerate(self._batches) if other is batch)
         with watch_routers(model) as seen:
-            losses = model(batch, denominators)
-        losses.total.backward()
-        loss += losses.total.detach()
-        routing.append(stack_choices(seen, len(batch.ids)))
-    gradients = {name: take_gradient(parameter) for name, parameter in model.named_parameters()}
+            losses = model(batch, *args)
+        self.loss += losses.total.detach()
+        self.routing |= name_choices(model, seen, number, len(batch.ids))
+        return losses
+
+    def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
+        """Plain autograd."""
+        differentiate(loss, hidden)
+
+    def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """As autograd would."""
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+    def finished(self, stage: int) -> None:
+        """Gradients are summed when all is done."""
+
+
+def trace_unaided(case: Case, mesh: Mesh, stages: Stages, shards: Shards, runner: Runner) -> Trace:
+    """A forward and backward of every micro-batch, each gradient summed over its holders. Collective over all ranks."""
+    batches = share_batch(case, mesh, 0)
+    engine = Unaided(stages, batches)
+    denominators = microbatches.count_denominators(batches, case.model.mtp.depth, mesh)
+    assert runner.step(engine, batches, denominators) is not None
+    parameters = {name: p for model in stages.values() for name, p in model.named_parameters()}
+    gradients = {name: take_gradient(parameter) for name, parameter in parameters.items()}
     gradients = reduce_parts(gradients, shards, mesh, dist.ReduceOp.SUM)
     read = torch.zeros(case.sequences, dtype=torch.int64)
     for place in place_sequences(case, mesh, 0):
         read[place] += 1
-    others = case.topology.stage_size // case.topology.dp  # ranks that read the same sequences
-    return Trace(
-        {}, sum_over(read, mesh) // others, torch.cat(routing, dim=1), sum_over(loss, mesh), gradients, [], [], {}
-    )
+    others = case.topology.world // case.topology.dp  # ranks that read the same sequences
+    loss = sum_over(engine.loss, mesh)
+    return Trace({}, sum_over(read, mesh) // others, engine.routing, loss, gradients, [], [], {})
