@@ -12,12 +12,11 @@ from parallel.build import allocate_sharded, build_sharded
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.determinism import DTYPES
-from training.engines import choose_dtype
 
 
 def build_model(config: TrainConfig, mesh: Mesh) -> tuple[Transformer, dict[str, Shard]]:
     """This rank's part of the model with its first weights, drawn from ``run.seed`` or read from ``init_from``."""
-    dtype = choose_dtype(config.parallel.engine, DTYPES[config.precision])
+    dtype = DTYPES[config.precision]
     if config.init_from is None:
         return build_sharded(config.model, dtype, mesh.device, config.run.seed, mesh)
     from model.huggingface import load as load_published
