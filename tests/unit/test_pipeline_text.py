@@ -36,6 +36,9 @@ def test_a_schedule_of_ones_own_is_read_from_a_file(tmp_path: Path) -> None:
     actions = (Action(Op.F, 0, 0), pair, Action(Op.I, 0, 1), Action(Op.W, 0, 1))
     assert load(path) == Schedule("mine", 1, 2, 1, (actions,))
     assert validate(load(path)) == (2,)
+    path.write_text("0F0 0F1&0I0 0W0 0B1\n")
+    assert validate(load(path)) == (2,)
+    assert render(load(path)).splitlines()[1] == "0F0 0F1&0I0 0W0 0B1"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,7 @@ def test_a_schedule_of_ones_own_is_read_from_a_file(tmp_path: Path) -> None:
         ("0F0 0B0&0F1", 'line 1, word 2 "0B0&0F1".*a pair is a forward & a backward'),
         ("0F0 0F1&0W0", 'line 1, word 2 "0F1&0W0"'),
         ("0F0 0F1&0B0&0B1", 'line 1, word 2 "0F1&0B0&0B1"'),
+        ("0F0 0F1&0B0&", 'line 1, word 2 "0F1&0B0&"'),
         ("0F0 0F٣", 'line 1, word 2 "0F٣"'),
         ("0F99999999", 'line 1, word 1 "0F99999999"'),
         ("0F0 - 0B0", 'line 1, word 2 "-"'),
