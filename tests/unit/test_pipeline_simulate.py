@@ -164,7 +164,7 @@ def test_bubble_and_memory_of_dualpipe(name: str, half: int, alive: int) -> None
 def test_both_bubbles_of_zb_v() -> None:
     """With F = I = W: nothing on a rank's own span; (P-1)F of the step, which ends when the last rank does."""
     for ranks, cost in product(range(1, 17), EVEN):
-        for count in {2 * ranks, 2 * ranks + 1, 64}:
+        for count in {2 * ranks - 1, 2 * ranks, 64}:
             timeline = simulate(generate("zb_v", ranks, count), cost)
             assert timeline.gaps == (0,) * ranks
             assert timeline.bubbles == ((ranks - 1) * cost.F,) * ranks
