@@ -128,6 +128,8 @@ class Partition:
         self._zero.setup_buckets()
         self._zero.set_gradient_accumulation_boundary(True)
         self._zero.reduce_gradients()
+        for others in self._zero.params_not_in_partition:
+            self._zero.free_grad_in_param_list(others)
 
     def grads(self) -> Iterator[Tensor]:
         """The sums that this rank owns: flat views that may be changed."""
