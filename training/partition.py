@@ -115,6 +115,8 @@ class Partition:
             self._zero.overlapping_partition_gradients_reduce_epilogue()
         self._zero.backward_epilogue()
         self._zero.exit_backward()
+        if not self._scattered:
+            self._zero._release_ipg_buffers()  # a bucket that only ``reduce`` will fill
 
     def reduce(self) -> None:
         """The step's last gradient is there. Collective in stage 1."""
