@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.mesh import sums_itself
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
@@ -35,7 +37,8 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
 
 def sum_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
     """x [n, ...] of every rank -> [...]: the sum over ranks of the part that is this rank's."""
-    return SUM_SCATTER.get(dist.get_backend(group), _reduce_scatter)(x.contiguous(), group)
+    start = _exchange_and_add if sums_itself(group) else _reduce_scatter
+    return start(x.contiguous(), group)
 
 
 def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Pending:
@@ -61,7 +64,3 @@ def _exchange_and_add(x: Tensor, group: dist.ProcessGroup) -> Pending:
     # Narrow dtypes are added in float32 and rounded once, which a reduction on the way could not do.
     out = torch.empty_like(x)
     return Pending(dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out.sum(0))
-
-
-# On gloo a reduce-scatter takes several times as long as an all-to-all and a sum.
-SUM_SCATTER = {"gloo": _exchange_and_add}

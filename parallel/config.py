@@ -1,7 +1,7 @@
 """Configuration of the parallel layout: the five degrees and the engine. Standard library only."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import StrEnum, nonmember
 
 
 class EngineName(StrEnum):
@@ -11,6 +11,7 @@ class EngineName(StrEnum):
     fsdp2 = "fsdp2"  # torch's fully_shard: weights are sharded too (ZeRO-3)
     zero1 = "zero1"  # DeepSpeed's ZeRO-1
     zero2 = "zero2"  # DeepSpeed's ZeRO-2: gradients are sharded too
+    absent = nonmember({"zero3": "DeepSpeed's ZeRO-3 averages gradients and knows one group of ranks; take fsdp2"})
 
 
 @dataclass(kw_only=True, slots=True)

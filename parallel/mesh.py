@@ -19,6 +19,9 @@ from parallel.traffic import GROUPS, Traffic
 
 # ROCm builds of torch call their devices cuda and RCCL nccl.
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
+# Whose reduce-scatter takes several times as long as an exchange and a sum, and adds in an order that depends on where
+# a buffer is cut.
+SLOW_SUMS = {"gloo"}
 
 
 def connect(
@@ -48,6 +51,13 @@ def connect(
     assert store is not None or world == 1
     found = dist.HashStore() if store is None else dist.FileStore(str(store), world)
     dist.init_process_group(backend, store=found, rank=rank, world_size=world, timeout=timeout, device_id=bound)
+
+
+def sums_itself(group: dist.ProcessGroup) -> bool:
+    """Whether ranks of ``group`` send summands to who needs the sum, to be added there, in the order of ranks; else
+    their backend reduces and scatters.
+    """
+    return dist.get_backend(group) in SLOW_SUMS
 
 
 def disconnect() -> None:

@@ -3,34 +3,22 @@
     reduce    | own | other | other |  each rank has summands for all   ->   each has the sum of its own piece
     gather    | own |  ...  |  ...  |  each rank has its own piece      ->   each has all
 
-Sums are taken in the dtype of the buffer. Over gloo, pieces go straight to their owners, who add in rank order: faster
-than its reduce-scatter, and how a buffer is cut into buckets cannot show in the bits. Elsewhere the backend's own
-collectives know the wires best. Which it is, is one row of ``METHODS``.
+Sums are taken in the dtype of the buffer. Where ``sums_itself`` says so (parallel/mesh.py), pieces go straight to their
+owners, who add in rank order, so that how a buffer is cut into buckets cannot show in the bits. Elsewhere the backend's
+own collectives know the wires best: of torch, those that take a list of tensors, because pieces differ in size.
 
 Both calls launch and return at once; what they return completes them. On a group of one rank nothing is sent.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.mesh import sums_itself
+
 Finish = Callable[[], None]
-
-
-class Method(Protocol):
-    """``buffer``, its piece of every rank of the group in order, the group -> what completes it."""
-
-    def __call__(self, buffer: Tensor, pieces: Sequence[range], group: dist.ProcessGroup) -> Finish: ...
-
-
-class Methods(NamedTuple):
-    """How one backend does it."""
-
-    reduce: Method
-    gather: Method
 
 
 def reduce_pieces(buffer: Tensor, pieces: Sequence[range], group: dist.ProcessGroup) -> Finish:
@@ -38,12 +26,18 @@ def reduce_pieces(buffer: Tensor, pieces: Sequence[range], group: dist.ProcessGr
 
     ``buffer`` is flat and contiguous, and nobody writes to it before the call that completes it has returned.
     """
-    return _choose(group).reduce(buffer, pieces, group) if len(pieces) > 1 else _nothing
+    if len(pieces) == 1:
+        return _nothing
+    start = _add_in_rank_order if sums_itself(group) else _reduce_scatter
+    return start(buffer, pieces, group)
 
 
 def gather_pieces(buffer: Tensor, pieces: Sequence[range], group: dist.ProcessGroup) -> Finish:
     """Fills the pieces of the other ranks of ``group`` with what they have there. Otherwise like ``reduce_pieces``."""
-    return _choose(group).gather(buffer, pieces, group) if len(pieces) > 1 else _nothing
+    if len(pieces) == 1:
+        return _nothing
+    start = _copy_to_all if sums_itself(group) else _all_gather
+    return start(buffer, pieces, group)
 
 
 def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work]:
@@ -103,11 +97,3 @@ def _wait_for(works: Sequence[dist.Work]) -> Finish:
 
 def _nothing() -> None:
     pass
-
-
-NATIVE = Methods(_reduce_scatter, _all_gather)
-METHODS = {"gloo": Methods(_add_in_rank_order, _copy_to_all)}
-
-
-def _choose(group: dist.ProcessGroup) -> Methods:
-    return METHODS.get(dist.get_backend(group), NATIVE)

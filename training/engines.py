@@ -1,4 +1,7 @@
-"""The engines by name (``parallel.engine``), and in which dtype each wants the parameters that it takes over."""
+"""The engines by name (``parallel.engine``). All of them take over a model in the dtype that it computes in.
+
+Whatever the engine, masters start from these values: in bfloat16, from what drawn or published weights round to.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -19,15 +22,10 @@ Stages = Mapping[int, nn.Module]
 Maker = Callable[[Stages, Shards, Mesh, OptimizerConfig, torch.dtype], Engine]
 
 
-def choose_dtype(name: EngineName, compute: torch.dtype) -> torch.dtype:
-    """The dtype to build a model in that computes in ``compute``: fully_shard casts from masters as it gathers."""
-    return torch.promote_types(compute, torch.float32) if name is EngineName.fsdp2 else compute
-
-
 def build_engine(
     name: EngineName, stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerConfig, compute: torch.dtype
 ) -> Engine:
-    """The engine ``name`` over ``stages``, whose parameters have ``choose_dtype``. Collective over all ranks.
+    """The engine ``name`` over ``stages``, which were built in ``compute``. Collective over all ranks.
 
     Raises ValueError for a pattern of ``optimizer.no_decay`` that matches no parameter.
     """
@@ -60,6 +58,7 @@ def _make_fsdp2(stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerCon
     from training.fsdp2 import Fsdp2, shard_stage
 
     for module in stages.values():
+        module.to(torch.promote_types(compute, torch.float32))  # masters: fully_shard casts them as it gathers
         shard_stage(module, mesh, compute)
     return Fsdp2(stages, shards, mesh, config)
 

@@ -115,6 +115,8 @@ class Partition:
             self._zero.overlapping_partition_gradients_reduce_epilogue()
         self._zero.backward_epilogue()
         self._zero.exit_backward()
+        if not self._scattered:
+            self._zero._release_ipg_buffers()  # a bucket that only ``reduce`` will fill
 
     def reduce(self) -> None:
         """The step's last gradient is there. Collective in stage 1."""
@@ -128,6 +130,8 @@ class Partition:
         self._zero.setup_buckets()
         self._zero.set_gradient_accumulation_boundary(True)
         self._zero.reduce_gradients()
+        for others in self._zero.params_not_in_partition:
+            self._zero.free_grad_in_param_list(others)
 
     def grads(self) -> Iterator[Tensor]:
         """The sums that this rank owns: flat views that may be changed."""

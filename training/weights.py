@@ -12,13 +12,12 @@ from parallel.build import Shards, Stages, allocate_stages, build_stages
 from parallel.mesh import Mesh
 from parallel.pipeline.stages import Pipeline
 from training.determinism import DTYPES
-from training.engines import choose_dtype
 from training.gather import name_tensors
 
 
 def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
     """This rank's part of the model with its first weights, drawn from ``run.seed`` or read from ``init_from``."""
-    dtype = choose_dtype(config.parallel.engine, DTYPES[config.precision])
+    dtype = DTYPES[config.precision]
     if config.init_from is None:
         return build_stages(config.model, dtype, mesh.device, config.run.seed, mesh, pipeline)
     from model.huggingface import load as load_published

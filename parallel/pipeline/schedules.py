@@ -8,8 +8,7 @@ F, B, I and W are the durations of the four ops, F&B that of an overlapped pair,
 B = I + W. One rank is a pipeline too: 1f1b on it accumulates gradients over micro-batches, interleaved_1f1b_overlap
 keeps two micro-batches in flight.
 
-A schedule that needs more micro-batches than there are (a round, the first triangle) is made as if there were, less the
-actions of those that are not. That cannot bring a deadlock in: micro-batches do not wait for each other.
+With few micro-batches a phase ends where there are no more of them.
 """
 
 from collections import deque
@@ -22,7 +21,6 @@ from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule, Sta
 from parallel.placement import span
 
 F, B, I, W = Op
-Gapped = Sequence[Action | None]
 
 
 def gpipe(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -83,7 +81,7 @@ def interleaved_1f1b_overlap(rank: int, ranks: int, microbatches: int, virtual: 
     """  # fmt: skip
     forwards, backwards, ahead = _rounds(rank, ranks, microbatches, virtual)
     pairs = zip_longest(forwards[ahead + 1 :], backwards)
-    return [*filter(None, forwards[: ahead + 1]), *(compute for pair in pairs for compute in _join(*pair))]
+    return [*forwards[: ahead + 1], *(compute for pair in pairs for compute in _join(*pair))]
 
 
 def zb_v(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -95,12 +93,11 @@ def zb_v(rank: int, ranks: int, microbatches: int) -> list[Compute]:
     With F = I = W no rank waits between its first action and its last; 2P half-sized micro-batches are alive, as much
     memory as 1F1B's P. The ranks begin one after the other and end so: ``simulate`` gives both spans.
     """  # fmt: skip
-    full = max(microbatches, 2 * ranks - 1)  # what the first triangle takes
     phases: Phases = [
         ([F0], 2 * (ranks - rank) - 1),
         ([F1, F0], rank),
         ([F1, I1, OLDEST], ranks - rank),
-        ([F0, I0, OLDEST, F1, I1, OLDEST], full - 2 * ranks + rank + 1),
+        ([F0, I0, OLDEST, F1, I1, OLDEST], microbatches - 2 * ranks + rank + 1),
         ([I0, OLDEST, F1, I1, OLDEST], ranks - rank - 1),
         ([I0, I1], rank),
         ([I0, OLDEST], ranks - rank),
@@ -199,7 +196,7 @@ def _numbered(phases: Phases, stages: tuple[int, int], ways: tuple[range, ...]) 
             length = len(order)
             for word in words:
                 order += _join(number(word)) if isinstance(word[0], Op) else _join(*map(number, word))
-            if len(order) == length:  # all that is left of the phase are micro-batches that are made up
+            if len(order) == length:  # no micro-batch is left for this phase
                 break
     return order
 
@@ -212,28 +209,22 @@ def _join(forward: Action | None, backward: Action | None = None) -> tuple[Compu
     return (action,) if action else ()
 
 
-def _alternate(forwards: Gapped, backwards: Gapped, ahead: int) -> list[Compute]:
+def _alternate(forwards: Sequence[Action], backwards: Sequence[Action], ahead: int) -> list[Compute]:
     """``ahead`` forwards, then a forward and a backward in turns while there are any, then the other backwards."""
     turns = zip_longest(forwards[ahead:], backwards)
-    return [action for action in chain(forwards[:ahead], *turns) if action is not None]
+    return [action for action in chain(forwards[:ahead], *turns) if action]
 
 
-def _rounds(rank: int, ranks: int, microbatches: int, virtual: int) -> tuple[Gapped, Gapped, int]:
+def _rounds(rank: int, ranks: int, microbatches: int, virtual: int) -> tuple[list[Action], list[Action], int]:
     """Forwards and backwards of a rank in a loop, in rounds, and how many forwards are ahead of the first backward.
 
-    A round has P micro-batches at least: where there are not as many, the others are gaps.
+    A round has P micro-batches at least; where there are not as many, they are one round.
     """
-    rounds = [
-        span(microbatches, max(1, microbatches // ranks), place) for place in range(max(1, microbatches // ranks))
-    ]
+    count = max(1, microbatches // ranks)
+    rounds = [span(microbatches, count, place) for place in range(count)]
     stages = [chunk * ranks + rank for chunk in range(virtual)]
-    forwards: list[Action | None] = []
-    backwards: list[Action | None] = []
-    for each in rounds:
-        gap = [None] * (ranks - len(each))
-        for stage, last in zip(stages, reversed(stages), strict=True):
-            forwards += [*(Action(F, stage, i) for i in each), *gap]
-            backwards += [*(Action(B, last, i) for i in each), *gap]
+    forwards = [Action(F, stage, i) for each in rounds for stage in stages for i in each]
+    backwards = [Action(B, stage, i) for each in rounds for stage in reversed(stages) for i in each]
     return forwards, backwards, 2 * (ranks - 1 - rank) + (virtual - 1) * max(ranks, *map(len, rounds))
 
 

@@ -18,7 +18,7 @@ from parallel.mesh import Mesh
 from parallel.topology import Axis, Topology
 from training.config import OptimizerConfig
 from training.engine import Engine, State, Update
-from training.engines import build_engine, choose_dtype
+from training.engines import build_engine
 
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def name_layout(layout: Any) -> str | None:
 
 
 def make_engine(kind: EngineName, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, how: OptimizerConfig) -> Engine:
-    model, shards = build_sharded(config, choose_dtype(kind, dtype), CPU, 3, mesh)
+    model, shards = build_sharded(config, dtype, CPU, 3, mesh)
     return build_engine(kind, model, shards, mesh, replace(how, bucket_bytes=SMALL), dtype)
 
 
@@ -138,6 +138,31 @@ def check(cases: list[tuple[Any, ...]], masters: float, norms: float) -> None:
             assert found.masters < masters and found.after < masters, (case, found)
             assert found.norms < norms and found.factors < norms, (case, found)
             assert found.applied == [what == "fine" for what in STEPS] and found.loaded, (case, found)
+
+
+def start(rank: int, world: int, kinds: tuple[EngineName, ...]) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Masters that an engine starts from in bfloat16, and this rank's loss with them."""
+    mesh, config = Mesh(Topology(dp=2, ep=2), CPU), make_config(mtp=1)
+    batch = make_batch(config, sequences=2, length=8, seed=rank)
+    begun = []
+    for kind in kinds:
+        engine = make_engine(kind, config, mesh, torch.bfloat16, FREE)
+        masters = {name: tensor for name, tensor in assemble(collect(engine)).items() if name.startswith("master/")}
+        begun.append((masters, engine.forward(0, batch, make_denominators(config)).total.detach()))
+    return begun
+
+
+ZERO = [pytest.param(kind, marks=pytest.mark.full) for kind in (EngineName.zero1, EngineName.zero2)]
+
+
+@pytest.mark.parametrize("kind", [EngineName.fsdp2, *ZERO])
+def test_engines_start_alike_in_bfloat16(kind: EngineName) -> None:
+    """Not a bit apart: masters are what the weights round to, not what was drawn."""
+    for (ours, loss), (theirs, other) in run_ranks(start, 2, (EngineName.native, kind)):
+        assert ours.keys() == theirs.keys() and torch.equal(loss, other)
+        for name, master in ours.items():
+            assert master.dtype == torch.float32 and torch.equal(master, theirs[name]), name
+            assert name.endswith("router.weight") or torch.equal(master, master.bfloat16().float()), name
 
 
 FSDP2 = [

@@ -19,7 +19,7 @@ def draw(rank: int) -> Tensor:
 def pass_pieces(rank: int, world: int, pieces: list[range], own_method: bool) -> tuple[Tensor, Tensor]:
     """A buffer after a reduction; another after a copy to all."""
     if own_method:
-        reduce.METHODS.clear()
+        reduce.sums_itself = lambda group: False
     summed, copied = draw(rank), draw(rank)
     first = reduce.reduce_pieces(summed, pieces, dist.group.WORLD)
     second = reduce.gather_pieces(copied, pieces, dist.group.WORLD)

@@ -80,6 +80,7 @@ OVERRIDES = {
     "parallel.ep=3": "must divide model.moe.experts=8",
     "parallel.dp=3": "run.global_batch=8 must be divisible by parallel.dp=3",
     "parallel.engine=natif": "must be one of native, fsdp2, zero1, zero2; did you mean native?",
+    "parallel.engine=zero3": "must be one of native, fsdp2, zero1, zero2: DeepSpeed's ZeRO-3 averages gradients",
     "verify=never": "must be one of auto, require, skip",
     "cluster.price_per_device_hour=-1": "must not be negative",
     "cluster.devices_per_node=0": "must be at least 1",

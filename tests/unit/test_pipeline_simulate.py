@@ -164,7 +164,7 @@ def test_bubble_and_memory_of_dualpipe(name: str, half: int, alive: int) -> None
 def test_both_bubbles_of_zb_v() -> None:
     """With F = I = W: nothing on a rank's own span; (P-1)F of the step, which ends when the last rank does."""
     for ranks, cost in product(range(1, 17), EVEN):
-        for count in {2 * ranks, 2 * ranks + 1, 64}:
+        for count in {2 * ranks - 1, 2 * ranks, 64}:
             timeline = simulate(generate("zb_v", ranks, count), cost)
             assert timeline.gaps == (0,) * ranks
             assert timeline.bubbles == ((ranks - 1) * cost.F,) * ranks
@@ -173,8 +173,8 @@ def test_both_bubbles_of_zb_v() -> None:
 
 def test_bubble_of_virtual_stages() -> None:
     """v stages a rank, each a v-th as long: the bubble is (P-1)(F+B) of one of them."""
-    for ranks, virtual, rounds in product((1, 2, 5, 8), (1, 2, 3, 4), (1, 2, 4)):
-        timeline = simulate(generate("interleaved_1f1b", ranks, ranks * rounds, virtual), Cost(F=5, B=9, FB=14))
+    for ranks, virtual, count in product((1, 2, 5, 8), (1, 2, 3, 4), (8, 9, 11, 16, 23)):
+        timeline = simulate(generate("interleaved_1f1b", ranks, count, virtual), Cost(F=5, B=9))
         assert timeline.bubbles == ((ranks - 1) * 14,) * ranks
 
 
