@@ -1,7 +1,11 @@
-"""Configuration of the parallel layout: the five degrees and the engine. Standard library only."""
+"""Configuration of the parallel layout: the five degrees, the pipeline and the engine. Standard library only."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum, nonmember
+
+from parallel.pipeline.schedules import SCHEDULES
+
+ScheduleName = StrEnum("ScheduleName", tuple(SCHEDULES))  # type: ignore[misc]
 
 
 class EngineName(StrEnum):
@@ -16,12 +20,21 @@ class EngineName(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class PipelineConfig:
-    """How stages share the work of a step: names and rules are those of ``shoestring schedule``."""
+    """How ranks share the work of a step: ``shoestring schedule`` shows it before it runs."""
 
-    schedule: str = "1f1b"  # which rank computes what when
+    schedule: ScheduleName = ScheduleName["1f1b"]  # which rank computes what when
     virtual: int = 1  # stages a rank, where the schedule takes any number
-    layers: list[int] | None = None  # layers of each stage; null: such that stages cost the same
-    file: str | None = None  # a schedule of one's own, in its text form, instead of ``schedule``
+    layers: tuple[int, ...] | None = None  # of each stage; null: such that stages cost about the same
+    file: str | None = None  # a schedule of your own, a line a rank, in place of schedule and virtual
+
+    def __post_init__(self) -> None:
+        if self.virtual < 1:
+            raise ValueError(f"parallel.pipeline.virtual={self.virtual} must be at least 1")
+        if self.file is not None and self.virtual > 1:
+            raise ValueError(
+                f"parallel.pipeline.virtual={self.virtual} must be left out: parallel.pipeline.file={self.file} says "
+                "what each rank does"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

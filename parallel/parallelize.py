@@ -15,10 +15,9 @@ from model.router import Router
 from model.transformer import Transformer
 from parallel.exchange import ExpertExchange
 from parallel.loss import Part, VocabularyCrossEntropy
-from parallel.mesh import Mesh, Traffic
+from parallel.mesh import Axis, Mesh, Traffic
 from parallel.placement import Placement, Shard, cut, span
 from parallel.tensor import ShardedSequence, VocabularyLookup
-from parallel.topology import Axis
 
 
 def parallelize(model: Transformer, placements: Mapping[str, Placement], mesh: Mesh) -> dict[str, Shard]:

@@ -15,7 +15,7 @@ from parallel.locality import Travel
 from parallel.mesh import Mesh
 from parallel.topology import Axis
 from training.agree import sum_over
-from training.pipeline import Sums
+from training.work import Sums
 
 
 def count_denominators(batches: Sequence[Batch], depth: int, mesh: Mesh) -> Denominators:

@@ -19,7 +19,6 @@ and, while gradients travel, two buckets (``optimizer.bucket_bytes`` each).
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +54,14 @@ class Native:
                     named[name] = parameter
                     users.setdefault(name, []).append(stage)
         undecayed = match(config.no_decay, named)
-        alike: dict[tuple[Any, ...], list[Entry]] = {}
+        alike: dict[tuple[object, ...], list[Entry]] = {}
         for name, parameter in named.items():
             shard = shards[name]
             key = (*users[name],), name in undecayed, shard.placement.holders, shard.across, parameter.dtype
             alike.setdefault(key, []).append(Entry(name, parameter, shard))
         self._slabs: list[tuple[tuple[int, ...], Slab]] = []  # and the stages that they belong to
         self._places: dict[nn.Parameter, tuple[Slab, int]] = {}
-        for (of, kept, *_), entries in alike.items():
+        for (_, kept, *_), entries in alike.items():
             slab = Slab(
                 entries,
                 mesh,
@@ -70,12 +69,14 @@ class Native:
                 config.moments is MomentDtype.bf16,
                 config.bucket_bytes,
             )
-            self._slabs.append((of, slab))
+            self._slabs.append((tuple(users[entries[0].name]), slab))
             self._places |= {entry.parameter: (slab, place) for place, entry in enumerate(entries)}
         self._waiting = set(stages)  # stages whose last gradient is not there yet
         self._under_way: list[Future[None]] = []
-        # Sums are waited for beside the pipeline: in a thread of their own, one after the other.
-        self._beside = ThreadPoolExecutor(1, "gradients") if len(stages) > 1 else None
+        # On a CPU sums are waited for beside the pipeline, in a thread of their own, one after the other. Devices have
+        # streams, and nobody waits for them here.
+        alone = len(stages) == 1 or mesh.device.type != "cpu"
+        self._beside = None if alone else ThreadPoolExecutor(1, "gradients")
         for parameter in self._places:
             parameter.register_post_accumulate_grad_hook(self._take)
 
@@ -85,7 +86,7 @@ class Native:
             slab.begin()
         self._waiting = set(self._stages)
 
-    def forward(self, stage: int, *args: Any) -> Any:
+    def forward(self, stage: int, *args: object) -> object:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
 
@@ -114,8 +115,7 @@ class Native:
             if (stage in of and not slab.crosses and self._waiting.isdisjoint(of))
             or (slab.crosses and not self._waiting)
         ]
-        if self._waiting:
-            assert self._beside is not None
+        if self._waiting and self._beside is not None:
             self._under_way.append(self._beside.submit(_sum, ready))
         else:
             self._complete()

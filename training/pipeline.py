@@ -1,172 +1,23 @@
-"""What the actions of a pipeline schedule do with a model: the work of a step, and that of an evaluation.
+"""Steps and evaluations by the programs of a pipeline; one rank is a pipeline too.
 
-    F   the stage's forward; its input becomes a leaf, its output goes on without history
-    B   from the stage's own part of the loss and the gradient of its output, to its input
-    I   the same, with the large weight gradients put off
-    W   computes them, in the order in which they were put off
-
-Between its F and its B a micro-batch keeps what autograd keeps; every stage but the last gives away its output at once.
-Shapes: an activation is [B, S / (cp tp), H].
+micro-batches of a step -> the program for as many (parallel/pipeline/plan.py) -> the interpreter, with the work of
+training (training/work.py) -> sums of this rank
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from configs.schema import TrainConfig
-from model.batch import Batch, Denominators, Losses
+from model.batch import Batch, Denominators
 from model.config import ModelConfig
-from model.linear import WeightGradient
 from parallel.config import ParallelConfig
-from parallel.mesh import Mesh, Traffic
-from parallel.pipeline.action import Op, parts
-from parallel.pipeline.lower import Exchange, Step
-from parallel.pipeline.plan import divide_model, evaluation, program, schedule_of
+from parallel.mesh import Axis, Mesh, Traffic
+from parallel.pipeline.plan import Pipeline, divide_model, evaluation, program, schedule_of
 from parallel.pipeline.run import Interpreter, Span
-from parallel.pipeline.stages import Pipeline
-from parallel.topology import Axis
 from training.determinism import DTYPES
-from training.engine import Hidden
 from training.ramp import count_microbatches, schedule_batches
-
-
-class Differentiator(Protocol):
-    """What a step needs of an engine."""
-
-    def forward(self, stage: int, *args: Any) -> Any:
-        """See ``Engine``."""
-
-    def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
-        """See ``Engine``."""
-
-    def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """See ``Engine``."""
-
-    def finished(self, stage: int) -> None:
-        """See ``Engine``."""
-
-
-class Sums(NamedTuple):
-    """Sums over the micro-batches of a step."""
-
-    losses: Tensor  # [1 + D] cross entropy in nats
-    aux: Tensor  # auxiliary loss over sequences and layers
-    load: Tensor  # [routed layers, E] tokens per expert
-
-
-class Shapes(NamedTuple):
-    """Of what travels between stages, and of a loss."""
-
-    length: int  # tokens of a sequence on this rank
-    hidden: int
-    losses: int  # 1 + D
-    dtype: torch.dtype
-    device: torch.device
-
-    def allocate(self, batch: Batch) -> Tensor:
-        """Memory for an activation of ``batch``."""
-        return torch.empty(len(batch.ids), self.length, self.hidden, dtype=self.dtype, device=self.device)
-
-
-class Pending(NamedTuple):
-    """A micro-batch between its forward and its backward."""
-
-    x: Tensor | None
-    losses: Losses
-    deferred: list[WeightGradient] | None
-
-
-class Training:
-    """Forward and backward of a step's micro-batches; ``sums`` when they are done: a ``parallel.pipeline.run.Work``."""
-
-    def __init__(
-        self,
-        engine: Differentiator,
-        batches: Sequence[Batch],
-        denominators: Denominators,
-        shapes: Shapes,
-        steps: Sequence[Step],
-    ) -> None:
-        self._engine, self._batches, self._denominators, self._shapes = engine, batches, denominators, shapes
-        self._split = {  # whose weight gradients are put off
-            action[1:]
-            for step in steps
-            if not isinstance(step, Exchange)
-            for action in parts(step)
-            if action.op is Op.I
-        }
-        self._pending: dict[tuple[int, int], Pending] = {}
-        self.sums: Sums | None = None
-
-    def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
-        """See ``Work``."""
-        x = None if x is None else x.requires_grad_()
-        deferred: list[WeightGradient] | None = [] if (stage, microbatch) in self._split else None
-        losses: Losses = self._engine.forward(stage, self._batches[microbatch], self._denominators, deferred, x)
-        self._pending[stage, microbatch] = Pending(x, losses, deferred)
-        here = Sums(losses.sums, losses.aux, losses.load)
-        self.sums = here if self.sums is None else Sums(*(a + b for a, b in zip(self.sums, here, strict=True)))
-        return None if losses.hidden is None else losses.hidden.detach()
-
-    def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
-        """See ``Work``."""
-        x, losses, deferred = self._pending.pop((stage, microbatch))
-        hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
-        self._engine.backward(stage, losses.total, hidden)
-        if deferred is not None:
-            self._pending[stage, microbatch] = Pending(None, losses._replace(hidden=None), deferred)
-        return None if x is None else x.grad
-
-    @torch.no_grad()
-    def weight(self, stage: int, microbatch: int) -> None:
-        """See ``Work``."""
-        deferred = self._pending.pop((stage, microbatch)).deferred
-        assert deferred is not None
-        while deferred:
-            parameter, compute = deferred.pop(0)
-            assert isinstance(parameter, nn.Parameter)
-            self._engine.accumulate(parameter, compute())
-
-    def finished(self, stage: int) -> None:
-        """See ``Work``."""
-        self._engine.finished(stage)
-
-    def allocate(self, microbatch: int) -> Tensor:
-        """See ``Work``."""
-        return self._shapes.allocate(self._batches[microbatch])
-
-
-class Evaluation:
-    """Forwards alone; ``losses`` [1 + D] in float64 when they are done. See ``parallel.pipeline.run.Work``."""
-
-    def __init__(self, engine: Differentiator, batches: Sequence[Batch], shapes: Shapes) -> None:
-        self._engine, self._batches, self._shapes = engine, batches, shapes
-        # What a loss would be divided by for a backward: the sums that are read here come undivided.
-        self._denominators = Denominators((1.0,) * shapes.losses, 1.0)
-        self.losses = torch.zeros(shapes.losses, dtype=torch.float64, device=shapes.device)
-
-    def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
-        """See ``Work``."""
-        losses: Losses = self._engine.forward(stage, self._batches[microbatch], self._denominators, None, x)
-        self.losses += losses.sums.detach()
-        return None if losses.hidden is None else losses.hidden.detach()
-
-    def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
-        """There is none."""
-        raise AssertionError("an evaluation has no backward")
-
-    def weight(self, stage: int, microbatch: int) -> None:
-        """There is none."""
-        raise AssertionError("an evaluation has no backward")
-
-    def finished(self, stage: int) -> None:
-        """There is no gradient."""
-
-    def allocate(self, microbatch: int) -> Tensor:
-        """See ``Work``."""
-        return self._shapes.allocate(self._batches[microbatch])
+from training.work import Differentiator, Evaluation, Shapes, Sums, Training
 
 
 class Runner:
@@ -190,7 +41,7 @@ class Runner:
         work = Training(engine, batches, denominators, self._shapes, steps)
         return work.sums if self._interpreter.run(steps, work, stop, spans) else None
 
-    def evaluate(self, engine: Differentiator, batches: Sequence[Batch]) -> Tensor:
+    def evaluate(self, engine: Differentiator, batches: Sequence[Batch]) -> torch.Tensor:
         """This rank's share of the sums of cross entropy, [1 + D]."""
         work = Evaluation(engine, batches, self._shapes)
         self._interpreter.run(evaluation(self.pipeline, len(batches)).lists[self._place], work)

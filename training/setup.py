@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from configs.schema import TrainConfig
 from parallel.build import Shards, Stages
-from parallel.mesh import Mesh
-from parallel.topology import Axis
-from training.engine import Engine
-from training.engines import hand_over
+from parallel.mesh import Axis, Mesh
+from training.engines import Engine, hand_over
 from training.machine import Machine, prepare_machine
 from training.pipeline import Runner, arrange_stages, make_runner
 from training.placer import Placer

@@ -245,6 +245,7 @@ class Generator:
     virtual: bool = False  # the function takes the stages of a rank
     even: bool = False  # ranks and micro-batches
     least: int = 0  # micro-batches for each rank
+    splits: bool = False  # input gradients go ahead of weight gradients, at least now and then
 
     def stages(self, ranks: int, virtual: int) -> int:
         """Stages of the whole pipeline."""
@@ -256,10 +257,10 @@ SCHEDULES = {
     "1f1b": Generator(one_f_one_b),
     "interleaved_1f1b": Generator(interleaved_1f1b, virtual=True),
     "interleaved_1f1b_overlap": Generator(interleaved_1f1b_overlap, virtual=True),
-    "zb_h1": Generator(zb_h1),
-    "zb_v": Generator(zb_v, Route.v),
-    "dualpipe": Generator(dualpipe, Route.bidirectional, even=True, least=2),
-    "dualpipev": Generator(dualpipev, Route.v, least=2),
+    "zb_h1": Generator(zb_h1, splits=True),
+    "zb_v": Generator(zb_v, Route.v, splits=True),
+    "dualpipe": Generator(dualpipe, Route.bidirectional, even=True, least=2, splits=True),
+    "dualpipev": Generator(dualpipev, Route.v, least=2, splits=True),
 }
 
 
