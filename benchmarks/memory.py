@@ -138,7 +138,7 @@ def train(name: EngineName, moments: MomentDtype, mesh: Mesh) -> dict[str, list[
     low = read_status("VmHWM")
     config = Composer().compose(("run=small",))[0].model
     model, shards = build_sharded(config, torch.bfloat16, mesh.device, 0, mesh)
-    engine = build_engine(name, model, shards, mesh, OptimizerConfig(lr=1e-3, moments=moments), torch.bfloat16)
+    engine = build_engine(name, {0: model}, shards, mesh, OptimizerConfig(lr=1e-3, moments=moments), torch.bfloat16)
     found: dict[str, list[float]] = {"formula": list(predict(name, shards, mesh, moments))}
 
     def weigh(phase: str) -> None:

@@ -2,17 +2,20 @@
 
 A draw takes the best of many candidates: the one that brings most pairs of choices that no layout before it had.
 Sizes follow from the choices, and divide nothing that need not be divided.
+
+Layouts with several stages draw a schedule as well, and how layers are divided, by ``PIPED`` instead of ``CHOICES``.
 """
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from small_models import SOFTMAX, make_config
 
 from model.config import Recompute
-from parallel.config import EngineName
+from parallel.config import EngineName, PipelineConfig
+from parallel.pipeline.schedules import SCHEDULES, Route, check
 from parallel.topology import Topology
 from training.config import OptimizerConfig
 from training.proof.case import Case
@@ -33,16 +36,31 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "documents": (True, False),
     "clip": (0.3, 0.0),
 }
+ONE_STAGE = {"schedule": "1f1b", "virtual": 1, "divided": "by cost", "spare": 1}  # and dense layers beside a routed one
+PIPED: dict[str, tuple[Any, ...]] = {
+    **CHOICES,
+    "engine": (EngineName.native,),  # others are refused
+    "accumulation": (3, 4, 5, 8),
+    "schedule": tuple(SCHEDULES),
+    "virtual": (1, 2, 3),
+    "divided": ("by cost", "as drawn"),
+    "spare": (0, 1, 2),  # layers more than stages
+}
 CANDIDATES = 50
 Choice = dict[str, Any]
 
 
-def draw_layouts(seed: int, count: int, ranks: range, most_tp: int) -> list[Case]:
-    """``count`` cases of ``ranks`` ranks and up to ``most_tp`` ways of tp, the same for the same arguments."""
+def draw_layouts(seed: int, count: int, ranks: range, most_tp: int, stages: range | None = None) -> list[Case]:
+    """``count`` cases of ``ranks`` ranks and up to ``most_tp`` ways of tp, the same for the same arguments.
+
+    ``stages``: over how many ranks their pipelines go; without it there are none. Pipelines have several stages, if
+    need be on one rank.
+    """
     generator, seen, cases = random.Random(seed), set[Any](), []  # noqa: S311 (no secret)
-    topologies = [topology for world in ranks for topology in split(world) if topology.tp <= most_tp]
+    topologies = [t for world in ranks for t in split(world) if t.tp <= most_tp and t.pp in (stages or (1,))]
+    options = PIPED if stages else CHOICES
     for number in range(count):
-        drawn = [draw_choice(generator, topologies) for _ in range(CANDIDATES)]
+        drawn = [draw_choice(generator, topologies, options) for _ in range(CANDIDATES)]
         best = max(drawn, key=lambda choice: len(pairs(choice) - seen))
         seen |= pairs(best)
         cases.append(make_case(best, number))
@@ -51,16 +69,22 @@ def draw_layouts(seed: int, count: int, ranks: range, most_tp: int) -> list[Case
 
 def split(world: int) -> Iterator[Topology]:
     """Every topology of ``world`` ranks."""
-    for tp in range(1, world + 1):
-        for ep in range(1, world + 1):
-            if world % tp == 0 and world % ep == 0:
-                yield Topology(dp=world // tp, tp=tp, ep=ep)
+    degrees = range(1, world + 1)
+    for pp, tp, ep in itertools.product(degrees, repeat=3):
+        if world % (pp * tp) == 0 and world // pp % ep == 0:
+            yield Topology(pp=pp, dp=world // (pp * tp), tp=tp, ep=ep)
 
 
-def draw_choice(generator: random.Random, topologies: list[Topology]) -> Choice:
+def draw_choice(
+    generator: random.Random, topologies: list[Topology], options: Mapping[str, tuple[Any, ...]] = CHOICES
+) -> Choice:
     """One of everything, but nothing that is refused."""
-    choice = {name: generator.choice(values) for name, values in {"topology": topologies, **CHOICES}.items()}
-    return draw_choice(generator, topologies) if is_refused(choice) else choice
+    while True:
+        choice = {name: generator.choice(values) for name, values in {"topology": topologies, **options}.items()}
+        if "schedule" in choice and not SCHEDULES[choice["schedule"]].virtual:
+            choice["virtual"] = 1
+        if not is_refused(choice) and not ("schedule" in choice and is_no_pipeline(choice)):
+            return choice
 
 
 def is_refused(choice: Choice) -> bool:
@@ -71,10 +95,23 @@ def is_refused(choice: Choice) -> bool:
     )
 
 
+def is_no_pipeline(choice: Choice) -> bool:
+    """A schedule has its rules; experts of which two ranks have copies stay; one stage alone is no pipeline."""
+    ranks = choice["topology"].pp
+    generator = SCHEDULES[choice["schedule"]]
+    try:
+        check(choice["schedule"], ranks, choice["accumulation"], choice["virtual"])
+    except ValueError:
+        return True
+    copies = generator.placement is Route.bidirectional
+    return (copies and choice["rebalance"]) or generator.stages(ranks, choice["virtual"]) == 1
+
+
 def pairs(choice: Choice) -> set[Any]:
     """All pairs of choices, a topology counted as what it does to each axis."""
     topology = choice["topology"]
     features = {
+        "pp": topology.pp,
         **{name: value for name, value in choice.items() if name != "topology"},
         "dp": topology.dp > 1,
         "tp": topology.tp > 1,
@@ -87,13 +124,16 @@ def pairs(choice: Choice) -> set[Any]:
 
 def make_case(choice: Choice, seed: int) -> Case:
     """Heads divide by tp, experts by ep and tokens by tp; widths and the vocabulary by nothing."""
+    choice = {**ONE_STAGE, **choice}
     topology: Topology = choice["topology"]
+    stages = SCHEDULES[choice["schedule"]].stages(topology.pp, choice["virtual"])
+    layers = stages + choice["spare"]
     experts = next(number for number in (6, 8, 10, 14) if number % topology.ep == 0)
     grouped = choice["router"] == "sigmoid in groups"
     return Case(
         topology=topology,
         model=make_config(
-            num_layers=2,
+            num_layers=layers,
             dense_layers=choice["dense"],
             attention={
                 "heads": 2 * topology.tp if topology.tp < 3 else topology.tp,
@@ -113,6 +153,11 @@ def make_case(choice: Choice, seed: int) -> Case:
         ),
         optimizer=OptimizerConfig(lr=1e-3, clip=choice["clip"]),
         engine=choice["engine"],
+        pipeline=PipelineConfig(
+            schedule=choice["schedule"],
+            virtual=choice["virtual"],
+            layers=divide(layers, stages, seed) if choice["divided"] == "as drawn" else None,
+        ),
         micro_batch=choice["micro_batch"],
         accumulation=max(choice["accumulation"], 3 - min(topology.dp, 2)),  # two micro-batches at least, here or there
         length=next(length for length in (8, 12, 10, 14) if length % topology.tp == 0),
@@ -123,10 +168,19 @@ def make_case(choice: Choice, seed: int) -> Case:
     )
 
 
+def divide(layers: int, stages: int, seed: int) -> list[int]:
+    """So many layers a stage, at least one."""
+    generator = random.Random(seed)  # noqa: S311 (no secret)
+    ends = [0, *sorted(generator.sample(range(1, layers), stages - 1)), layers]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
 def describe(case: Case) -> str:
     """A case on one line."""
-    t, model = case.topology, case.model
+    t, model, pipeline = case.topology, case.model, case.pipeline
+    layers = "" if pipeline.layers is None else f" {pipeline.layers}"
     words = [
+        *((f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}",) if len(case.stages.layers) > 1 else ()),
         f"dp{t.dp} tp{t.tp} ep{t.ep} {case.engine} {model.moe.score}{model.moe.groups}",
         f"shared{model.moe.shared_experts}",
         f"mtp{model.mtp.depth} dense{model.dense_layers} {model.recompute} {case.accumulation}x{case.micro_batch}",

@@ -19,7 +19,7 @@ from small_runs import make_run
 
 from configs.schema import TrainConfig
 from model.batch import Denominators, count_labels
-from model.build import build
+from model.build import build, outline
 from parallel.config import EngineName, ParallelConfig
 from parallel.exchange import take_travelled
 from parallel.locality import Travel
@@ -27,7 +27,6 @@ from parallel.mesh import Mesh, connect, disconnect
 from parallel.topology import Topology
 from training.agree import wait_for_all
 from training.config import Precision
-from training.engine import STAGE
 from training.evaluate import count_sequences, evaluate
 from training.finish import Ending
 from training.gather import gather_whole, name_tensors
@@ -69,9 +68,12 @@ def measure_the_whole_split(stand: Stand) -> bool:
 def gather_the_plain_weights(stand: Stand) -> bool:
     """Rank 0 gets every tensor of the plain model."""
     setup = stand.setup
-    plain = name_tensors(build(setup.config.model, torch.float64, "cpu", setup.config.run.seed))
-    dtypes = {name: tensor.dtype for name, tensor in plain.items()}
-    gathered = dict(gather_whole(setup.model, setup.shards, dtypes, setup.mesh))
+    plain = name_tensors([build(setup.config.model, torch.float64, "cpu", setup.config.run.seed)])
+    gathered = dict(
+        gather_whole(
+            setup.stages, setup.shards, setup.runner.pipeline, outline(setup.config.model, torch.float64), setup.mesh
+        )
+    )
     return setup.mesh.rank != 0 or all(torch.equal(gathered[name], tensor) for name, tensor in plain.items())
 
 
@@ -80,10 +82,10 @@ def count_all_travel(stand: Stand) -> bool:
     setup, rank = stand.setup, stand.setup.mesh.rank
     batch, everyone = setup.text.train.read(2 * rank, 2), [torch.empty(0)] * setup.mesh.topology.world
     denominators = Denominators((1.0,) * (1 + setup.config.model.mtp.depth), 1.0)
-    setup.engine.forward(STAGE, batch, denominators)
-    dist.all_gather_object(everyone, take_travelled(setup.model, setup.mesh))
-    setup.engine.forward(STAGE, batch, denominators)
-    return total_travel(setup.model, setup.mesh) == Travel(*torch.stack(everyone).sum(0).tolist())
+    setup.engine.forward(0, batch, denominators)
+    dist.all_gather_object(everyone, take_travelled(setup.stages.values(), setup.mesh))
+    setup.engine.forward(0, batch, denominators)
+    return total_travel(setup.stages.values(), setup.mesh) == Travel(*torch.stack(everyone).sum(0).tolist())
 
 
 def wait_for_the_last(stand: Stand) -> bool:

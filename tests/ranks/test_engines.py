@@ -51,7 +51,7 @@ def name_layout(layout: Any) -> str | None:
 
 def make_engine(kind: EngineName, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, how: OptimizerConfig) -> Engine:
     model, shards = build_sharded(config, dtype, CPU, 3, mesh)
-    return build_engine(kind, model, shards, mesh, replace(how, bucket_bytes=SMALL), dtype)
+    return build_engine(kind, {0: model}, shards, mesh, replace(how, bucket_bytes=SMALL), dtype)
 
 
 def train(engine: Engine, config: ModelConfig, mesh: Mesh, steps: tuple[str, ...], seed: int = 0) -> list[Update]:

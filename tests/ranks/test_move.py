@@ -32,8 +32,8 @@ def train(rank: int, world: int, topology: Topology, moves: int, moments: Moment
     generator, updates = torch.Generator().manual_seed(5), []
     for step in range(4):
         if 1 <= step <= moves:
-            orders = {name: torch.randperm(8, generator=generator) for name in find_exchanges(model)}
-            move_experts(model, shards, engine, orders, mesh)
+            orders = {name: torch.randperm(8, generator=generator) for name in find_exchanges([model])}
+            move_experts({0: model}, shards, engine, orders, mesh)
         batch = make_batch(CONFIG, sequences=2 * dp, length=8, seed=step)
         mine = Batch(*(t if t is None else t[2 * place : 2 * place + 2] for t in batch))
         engine.begin()
@@ -48,7 +48,7 @@ def gather_experts(model: Any, shards: dict[str, Shard], engine: Native, world: 
     """Masters and moments of all experts in the order of experts."""
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, engine.state().chunks)
-    places = {name: exchange.places for name, exchange in find_exchanges(model).items()}
+    places = {name: exchange.places for name, exchange in find_exchanges([model]).items()}
     whole: dict[str, Tensor] = {}
     for chunk in (chunk for chunks in everyone for chunk in chunks if ".routed." in chunk.name):
         tensor = whole.setdefault(chunk.name, torch.full(chunk.global_shape, torch.nan, dtype=torch.float64))
@@ -79,11 +79,11 @@ def check_travel(rank: int, world: int) -> bool:
     model, shards = build_sharded(CONFIG, torch.float64, CPU, 3, mesh)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-2))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    reverse = {name: torch.arange(8).flip(0) for name in find_exchanges(model)}
-    move_experts(model, shards, engine, reverse, mesh)
+    reverse = {name: torch.arange(8).flip(0) for name in find_exchanges([model])}
+    move_experts({0: model}, shards, engine, reverse, mesh)
     changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
     assert changed == [name for name in before if ".routed." in name]
-    move_experts(model, shards, engine, {name: torch.arange(8) for name in reverse}, mesh)
+    move_experts({0: model}, shards, engine, {name: torch.arange(8) for name in reverse}, mesh)
     return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 

@@ -1,11 +1,12 @@
 """Every layout gives the plain model's numbers: loss, gradients, norm, routing, counts and the weights after steps."""
 
 import itertools
+import random
 from typing import Any
 
 import pytest
 import torch
-from layouts import CHOICES, describe, draw_layouts, pairs
+from layouts import CHOICES, PIPED, describe, draw_choice, draw_layouts, pairs, split
 from spawn import run_ranks
 
 from model.config import Recompute
@@ -16,6 +17,9 @@ from training.proof.report import Report
 
 FEW = draw_layouts(seed=0, count=20, ranks=range(2, 5), most_tp=2)
 MANY = draw_layouts(seed=1, count=60, ranks=range(2, 9), most_tp=8)
+FEW_PIPED = draw_layouts(seed=2, count=20, ranks=range(2, 5), most_tp=2, stages=range(2, 5))
+MANY_PIPED = draw_layouts(seed=3, count=60, ranks=range(2, 9), most_tp=4, stages=range(2, 5))
+FOLDED = draw_layouts(seed=4, count=8, ranks=range(1, 5), most_tp=2, stages=range(1, 2))  # all stages on one rank
 
 
 def prove_on_rank(rank: int, world: int, case: Case) -> Report:
@@ -28,13 +32,13 @@ def check(case: Case) -> None:
     assert all(report == reports[0] for report in reports)
 
 
-@pytest.mark.parametrize("case", FEW, ids=describe)
+@pytest.mark.parametrize("case", FEW + FEW_PIPED, ids=describe)
 def test_layout_equals_the_plain_model(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", MANY, ids=describe)
+@pytest.mark.parametrize("case", MANY + MANY_PIPED + FOLDED, ids=describe)
 def test_layout_equals_the_plain_model_on_up_to_eight_ranks(case: Case) -> None:
     check(case)
 
@@ -43,7 +47,15 @@ def choices(case: Case) -> dict[str, Any]:
     """What ``make_case`` was given, read back from the case."""
     model, moe = case.model, case.model.moe
     router = "softmax" if moe.score == "softmax" else "sigmoid in groups" if moe.groups > 1 else "sigmoid"
+    pipeline = case.pipeline
+    piped = {
+        "schedule": pipeline.schedule,
+        "virtual": pipeline.virtual,
+        "divided": "by cost" if pipeline.layers is None else "as drawn",
+        "spare": model.num_layers - len(case.stages.layers),
+    }
     return {
+        **(piped if len(case.stages.layers) > 1 else {}),
         "topology": case.topology,
         "engine": case.engine,
         "shared": moe.shared_experts,
@@ -60,6 +72,20 @@ def choices(case: Case) -> dict[str, Any]:
         "documents": case.documents,
         "clip": case.optimizer.clip,
     }
+
+
+@pytest.mark.parametrize(("cases", "share"), [(FEW_PIPED, 0.9), (MANY_PIPED, 0.99)])
+def test_drawn_pipelines_meet_in_pairs(cases: list[Case], share: float) -> None:
+    """Of all pairs that any draw could have."""
+    generator, worlds = random.Random(0), {case.topology.world for case in cases}  # noqa: S311 (no secret)
+    most = max(case.topology.tp for case in cases)
+    topologies = [t for world in worlds for t in split(world) if t.tp <= most and t.pp in range(2, 5)]
+    possible = set[Any]().union(*(pairs(draw_choice(generator, topologies, PIPED)) for _ in range(2000)))
+    drawn = set[Any]().union(*(pairs(choices(case)) for case in cases))
+    assert len(drawn & possible) >= share * len(possible)
+    for name, options in PIPED.items():
+        assert {choices(case)[name] for case in cases} == set(options), name
+    assert all(case.accumulation >= 3 and case.topology.pp > 1 for case in cases)
 
 
 @pytest.mark.parametrize(("cases", "share"), [(FEW, 0.9), (MANY, 0.99)])

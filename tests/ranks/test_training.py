@@ -18,6 +18,7 @@ from torch import Tensor
 from configs.schema import TrainConfig
 from model.huggingface import export
 from parallel.mesh import Mesh
+from parallel.pipeline.stages import whole as undivided
 from parallel.topology import Topology
 from training import whole
 from training.config import Precision, RampConfig
@@ -28,7 +29,7 @@ from training.metrics import read
 from training.save import open_saved
 from training.setup import set_up
 from training.step import run_step
-from training.weights import build_model
+from training.weights import build_parts
 
 ALONE = Topology()
 
@@ -135,8 +136,8 @@ def test_a_model_too_large_for_a_rank_has_no_sample(text: Path, tmp_path: Path) 
 
 def read_weights(rank: int, world: int, topology: Topology, config: TrainConfig) -> dict[str, tuple[Any, Tensor]]:
     """What a rank holds of the published weights that it starts from."""
-    model, shards = build_model(config, Mesh(topology, torch.device("cpu")))
-    return {name: (shards[name].slices, parameter.detach()) for name, parameter in model.named_parameters()}
+    stages, shards = build_parts(config, Mesh(topology, torch.device("cpu")), undivided(config.model))
+    return {name: (shards[name].slices, parameter.detach()) for name, parameter in stages[0].named_parameters()}
 
 
 def test_starts_from_published_weights(text: Path, reference: Path, tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_ranks_stop_together(text: Path, tmp_path: Path) -> None:
 def poison_rank(rank: int, world: int, config: TrainConfig) -> list[Any]:
     """Rank 1 alone has a weight that is not finite, in the first of two steps."""
     setup = set_up(config, lambda line: None, Mesh(Topology(dp=2), torch.device("cpu")))
-    weight = setup.model.norm.weight
+    weight = setup.stages[0].norm.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight[0] = float("nan") if rank == 1 else weight[0]
@@ -191,7 +192,7 @@ def poison_rank(rank: int, world: int, config: TrainConfig) -> list[Any]:
         weight.copy_(kept)
     second = run_step(setup, 1, lambda: False)
     assert first is not None and second is not None
-    biases = [bool(router.bias.any()) for router in setup.model.routers()]
+    biases = [bool(router.bias.any()) for router in setup.stages[0].routers()]
     return [first.skipped, second.skipped, second.loss, all(biases)]
 
 

@@ -5,7 +5,7 @@ docs/proof.md tells the story.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,21 +13,23 @@ import torch
 import torch.distributed as dist
 from small_models import make_config
 from spawn import run_ranks
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import block, router
 from model.batch import Batch, Denominators, Losses
 from model.config import MoEConfig, Recompute
 from model.transformer import Transformer
+from parallel.build import Shards, Stages
 from parallel.config import EngineName
 from parallel.mesh import Mesh
-from parallel.placement import Placement, Shard
+from parallel.placement import Placement
 from parallel.topology import Axis, Topology
 from training import microbatches
 from training.config import OptimizerConfig
 from training.engine import Engine
 from training.native import Native
 from training.optimizer import sum_squares
+from training.pipeline import Runner
 from training.proof import sharded
 from training.proof.case import Case
 from training.proof.plain import trace_plain
@@ -64,15 +66,16 @@ def find_failures(case: Case, fault: Fault) -> dict[str, Row]:
 
 
 def alter_model(patch: Patch, alter: Callable[[Transformer], None]) -> None:
-    """Every sharded model is altered after it is built."""
-    build = sharded.build_sharded
+    """Every stage of a sharded model is altered after it is built."""
+    build = sharded.build_stages
 
-    def build_altered(*args: Any) -> tuple[Transformer, dict[str, Shard]]:
-        model, shards = build(*args)
-        alter(model)
-        return model, shards
+    def build_altered(*args: Any) -> tuple[Stages, Shards]:
+        stages, shards = build(*args)
+        for model in stages.values():
+            alter(model)
+        return stages, shards
 
-    patch.setattr(sharded, "build_sharded", build_altered)
+    patch.setattr(sharded, "build_stages", build_altered)
 
 
 def scale_expert_gradients(patch: Patch, factor: float) -> None:
@@ -100,10 +103,10 @@ def forget_tp_for_routers(patch: Patch, mesh: Mesh) -> None:
 
     build = sharded.build_engine
 
-    def build_wrong(name: EngineName, model: nn.Module, shards: Mapping[str, Shard], *args: Any) -> Engine:
+    def build_wrong(name: EngineName, stages: Stages, shards: Shards, *args: Any) -> Engine:
         own = Placement(Axis.tp, 0)
         return build(
-            name, model, {n: s._replace(placement=own) if "router" in n else s for n, s in shards.items()}, *args
+            name, stages, {n: s._replace(placement=own) if "router" in n else s for n, s in shards.items()}, *args
         )
 
     patch.setattr(sharded, "build_engine", build_wrong)
@@ -215,7 +218,7 @@ def count_labels_on_every_tensor_rank(patch: Patch, mesh: Mesh) -> None:
     patch.setattr(
         microbatches,
         "sum_over",
-        lambda tensor, mesh, axis: total(tensor, mesh, Axis.stage if axis is Axis.dp else axis),
+        lambda tensor, mesh, axis=Axis.world: total(tensor, mesh, Axis.stage if axis is Axis.dp else axis),
     )
 
 
@@ -239,21 +242,21 @@ def test_padding_is_masked_and_counted_over_the_right_ranks(fault: Fault) -> Non
 
 def count_in_passing(patch: Patch, mesh: Mesh) -> None:
     """The only router counts the tokens of its experts on the way: in the forward, and again in the backward."""
-    accumulate, choose = microbatches.accumulate, router.choose
+    step, choose = Runner.step, router.choose
     chosen: list[Tensor] = []
 
     def keep(scores: Tensor, moe: MoEConfig) -> Tensor:
         chosen.append(choose(scores, moe))
         return chosen[-1]
 
-    def accumulate_counted(*args: Any, **options: Any) -> Any:
+    def step_counted(*args: Any, **options: Any) -> Any:
         chosen.clear()
-        share = accumulate(*args, **options)
+        share = step(*args, **options)
         assert share is not None
         return share._replace(load=torch.cat([experts.flatten() for experts in chosen]).bincount(minlength=6)[None])
 
     patch.setattr(router, "choose", keep)
-    patch.setattr(microbatches, "accumulate", accumulate_counted)
+    patch.setattr(Runner, "step", step_counted)
 
 
 @pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
@@ -268,8 +271,8 @@ def average_over_the_micro_batch(patch: Patch, mesh: Mesh) -> None:
     def alter(model: Transformer) -> None:
         forward = model.forward
 
-        def local(batch: Batch, denominators: Denominators, deferred: Any = None) -> Losses:
-            return forward(batch, denominators._replace(sequences=float(len(batch.ids))), deferred)
+        def local(batch: Batch, denominators: Denominators, *rest: Any) -> Losses:
+            return forward(batch, denominators._replace(sequences=float(len(batch.ids))), *rest)
 
         model.forward = local  # type: ignore[method-assign]
 

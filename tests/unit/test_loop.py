@@ -86,7 +86,7 @@ def test_weights_load_bit_for_bit(text: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "set_up", lambda *a, **k: setup_seen.append(original(*a, **k)) or setup_seen[0])
         train(config, tmp_path)
-    trained = setup_seen[0].model.state_dict()
+    trained = setup_seen[0].stages[0].state_dict()
     model, tokenizer = restore(config, tmp_path / "weights", Device.cpu, threads=1)
     assert tokenizer.name == load_tokenizer("bytes").name
     assert trained.keys() == model.state_dict().keys()
@@ -99,7 +99,7 @@ def test_held_out_loss_is_the_mean_over_its_labels(text: Path) -> None:
     setup = open_run(config)
     batch = setup.text.held_out.read(0, count_sequences(setup))
     assert count_sequences(setup) == 16  # 256 tokens
-    logits = setup.model.logits(batch.ids[:, :-1])
+    logits = setup.stages[0].logits(batch.ids[:, :-1])
     right = logits.log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
     expected = -right[batch.counted[:, 1:]].mean()
     assert evaluate(setup) == pytest.approx(expected.item(), rel=1e-12)
@@ -155,7 +155,7 @@ def test_starts_from_published_weights(text: Path, tmp_path: Path) -> None:
     started = open_run(config)
     trained, _ = restore(config, tmp_path / "weights", Device.cpu, threads=1)
     names = [name for name, _ in trained.named_parameters() if not name.startswith("mtp")]
-    ours, theirs = dict(started.model.named_parameters()), dict(trained.named_parameters())
+    ours, theirs = dict(started.stages[0].named_parameters()), dict(trained.named_parameters())
     assert len(names) > 20 and all(torch.equal(ours[name], theirs[name]) for name in names)
     (end,) = read(tmp_path / "metrics.jsonl", "end")
     assert evaluate(started) == pytest.approx(end["held_out"], rel=1e-6)

@@ -45,15 +45,15 @@ def test_groups_are_those_of_the_topology(topology: Topology) -> None:
     ("topology", "groups"),
     [
         # One a traffic: all axes are this rank alone.
-        (Topology(), 5),
+        (Topology(), 6),
         # One a traffic, and for control two: sequence is this rank alone, the others are all of them.
-        (Topology(dp=4), 6),
+        (Topology(dp=4), 7),
         # The groups of DeepSeek-V3's layout: dp, replicas and stage are the same ranks.
-        (DEEPSEEK, 8),
+        (DEEPSEEK, 9),
         # Nothing is equal: world, stage, dp and sequence for control; stage, replicas and edp for data.
-        (Topology(pp=2, dp=2, cp=2, tp=2, ep=4), 10),
+        (Topology(pp=2, dp=2, cp=2, tp=2, ep=4), 11),
         # tp and ep are the same ranks, and still three groups, for three kinds of traffic.
-        (Topology(dp=2, tp=2, ep=2), 8),
+        (Topology(dp=2, tp=2, ep=2), 9),
     ],
     ids=str,
 )

@@ -122,12 +122,16 @@ def test_the_sizes_checked_are_those_trained_on() -> None:
         assert list(batch_sizes(run)) == [level.batch for level in schedule_batches(run, 256).levels]
 
 
-@pytest.mark.parametrize(
-    ("axis", "why"), [("pp", "there are no pipelines yet"), ("cp", "there is no context parallelism yet")]
-)
-def test_axes_that_are_not_there_are_refused_by_name(axis: str, why: str) -> None:
-    with pytest.raises(ValueError, match=rf"^parallel\.{axis}=2 must be 1: {why}$"):
-        ParallelConfig(**{axis: 2})
+def test_axes_that_are_not_there_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^parallel\.cp=2 must be 1: there is no context parallelism yet$"):
+        ParallelConfig(cp=2)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in EngineName if engine is not EngineName.native])
+def test_engines_without_pipelines_are_refused_by_name(engine: EngineName) -> None:
+    with pytest.raises(ValueError, match=rf"^parallel\.pp=2 must be 1 with parallel\.engine={engine}: only native"):
+        ParallelConfig(pp=2, engine=engine)
+    assert ParallelConfig(pp=2).pp == 2
 
 
 def test_the_engine_is_named() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.batch import count_labels
 from training.config import Precision
-from training.microbatches import accumulate, count_denominators
+from training.microbatches import count_denominators
 from training.setup import Setup
 from training.step import run_step
 
@@ -79,7 +79,7 @@ def test_every_split_into_micro_batches_gives_the_same_gradients(pages: Path) ->
         for name, grad in gradients(split).items():
             expected = gradients(whole)[name]
             assert (grad - expected).abs().max() <= 1e-12 * expected.abs().max().clamp(min=1e-3), name
-        for ours, theirs in zip(split.model.routers(), whole.model.routers(), strict=True):
+        for ours, theirs in zip(split.stages[0].routers(), whole.stages[0].routers(), strict=True):
             assert torch.equal(ours.bias, theirs.bias) and ours.bias.abs().max() > 0
 
 
@@ -90,7 +90,7 @@ def test_the_loss_is_the_sum_over_the_number_of_labels(pages: Path) -> None:
     expected = [sum(int(batch.counted[:, 1 + d : 17 + d].sum()) for batch in batches) for d in range(3)]
     assert denominators.tokens == tuple(map(float, expected)) and denominators.sequences == 8.0
     setup.engine.begin()
-    totals = accumulate(setup.engine, batches, denominators, never)
+    totals = setup.runner.step(setup.engine, batches, denominators, never)
     assert totals is not None
     row = run_step(setup, 0, never)
     assert row is not None and row.loss == pytest.approx(totals.losses[0].item() / expected[0], rel=1e-13)
@@ -106,29 +106,29 @@ def test_micro_batches_without_labels_are_no_division_by_zero(pages: Path) -> No
 def test_an_abandoned_step_leaves_no_trace(text: Path) -> None:
     disturbed, quiet = (open_run(make_run(text)) for _ in range(2))
     answers = iter([False, True])
-    before = [parameter.clone() for parameter in disturbed.model.parameters()]
+    before = [parameter.clone() for parameter in disturbed.stages[0].parameters()]
     assert run_step(disturbed, 0, stop=lambda: next(answers)) is None
-    assert all(torch.equal(a, b) for a, b in zip(before, disturbed.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, disturbed.stages[0].parameters(), strict=True))
     for step in range(2):
         first, second = run_step(disturbed, step, never), run_step(quiet, step, never)
         assert first is not None and second is not None
         assert (first.loss, first.grad_norm) == (second.loss, second.grad_norm)
-    pairs = zip(disturbed.model.parameters(), quiet.model.parameters(), strict=True)
+    pairs = zip(disturbed.stages[0].parameters(), quiet.stages[0].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_step_that_is_not_finite_is_skipped(text: Path) -> None:
     setup = open_run(make_run(text))
     with torch.no_grad():
-        kept = setup.model.head.weight[3].clone()
-        setup.model.head.weight[3] = float("nan")
+        kept = setup.stages[0].head.weight[3].clone()
+        setup.stages[0].head.weight[3] = float("nan")
     before = {name: tensor.clone() for name, tensor in state(setup).items()}
     row = run_step(setup, 0, never)
     assert row is not None and row.skipped and row.loss != row.loss
     assert all(torch.equal(t, before[n]) or t.isnan().any() for n, t in state(setup).items())
-    assert all(not router.bias.any() for router in setup.model.routers())
+    assert all(not router.bias.any() for router in setup.stages[0].routers())
     with torch.no_grad():
-        setup.model.head.weight[3] = kept
+        setup.stages[0].head.weight[3] = kept
     row = run_step(setup, 1, never)
     assert row is not None and not row.skipped and row.cursor == 16
-    assert all(router.bias.any() for router in setup.model.routers())
+    assert all(router.bias.any() for router in setup.stages[0].routers())
