@@ -10,11 +10,13 @@ from enum import StrEnum
 from configs.cluster import ClusterConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
-from parallel.rules import check, check_model
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.rules import check, check_model, check_pipeline
 from parallel.topology import Topology
 from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, RunSection
 from training.ramp import batch_sizes
 from training.support import check as check_engine
+from training.support import check_compile, check_microbatches
 
 BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
 
@@ -47,11 +49,16 @@ class TrainConfig:
             )
         check_engine(self.parallel.engine, self.precision, self.optimizer, self.model.recompute)
         p, length = self.parallel, self.data.sequence_length
+        check_pipeline(self.model, p)
+        if p.pipeline.file is None:
+            name = p.pipeline.schedule
+            check_compile(self.run.compile, f"parallel.pipeline.schedule={name}", SCHEDULES[name].splits)
         if p.dp is None:  # known once the ranks are: checked again at start
             check_model(self.model, length, p)
         else:
             topology = Topology(pp=p.pp, dp=p.dp, cp=p.cp, tp=p.tp, ep=p.ep)
             check(self.model, length, batch_sizes(self.run), topology)
+            check_microbatches(p, self.run, length, p.dp)
 
 
 @dataclass(kw_only=True, slots=True)

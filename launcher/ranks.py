@@ -19,6 +19,7 @@ from parallel.config import ParallelConfig
 from parallel.rules import check
 from parallel.topology import Topology, arrange
 from training.ramp import batch_sizes
+from training.support import check_microbatches
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of ranks that stay on one machine
 
@@ -83,7 +84,13 @@ def arrange_ranks(parallel: ParallelConfig, world: int | None) -> Topology:
 def check_layout(config: RunConfig, world: int | None) -> Topology:
     """The topology as in ``arrange_ranks``; ValueError also where the model or the batches do not fit it."""
     topology = arrange_ranks(config.parallel, world)
-    check(config.model, config.data.sequence_length, batch_sizes(config.run), topology)
+    length = config.data.sequence_length
+    check(config.model, length, batch_sizes(config.run), topology)
+    check_microbatches(config.parallel, config.run, length, topology.dp)
+    if config.parallel.pipeline.file is not None:
+        from training.arrange import arrange_stages  # numpy: for those who need it
+
+        arrange_stages(config, topology.dp)
     return topology
 
 

@@ -12,12 +12,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import cli
 from launcher.invocation import Invocation
+from parallel.config import ScheduleName
 from parallel.pipeline.schedules import SCHEDULES, generate
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "print, simulate and draw what each rank of a pipeline does when, without starting one"
 
-ScheduleName = StrEnum("ScheduleName", tuple(SCHEDULES))  # type: ignore[misc]
 MOST = 20_000_000  # actions: some minutes and 4 GB
 SMALL = 16  # ranks: up to here all are listed
 LISTED = 3000  # actions: up to here lists are printed whole

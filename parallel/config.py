@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum, nonmember
 
-from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.schedules import SCHEDULES, Route
 
 ScheduleName = StrEnum("ScheduleName", tuple(SCHEDULES))  # type: ignore[misc]
 
@@ -62,10 +62,26 @@ class ParallelConfig:
                 f"parallel.rebalance_every={self.rebalance_every} needs parallel.engine=native: {self.engine} does not "
                 "move experts"
             )
+        self._check_pipeline()
+        if self.cp > 1:
+            raise ValueError(f"parallel.cp={self.cp} must be 1: there is no context parallelism yet")
+
+    def _check_pipeline(self) -> None:
+        """What of a pipeline goes with which engine, and with moving experts."""
+        schedule, file = self.pipeline.schedule, self.pipeline.file
         if self.pp > 1 and self.engine is not EngineName.native:
             raise ValueError(
                 f"parallel.pp={self.pp} must be 1 with parallel.engine={self.engine}: only native has been proved with "
                 "pipelines"
             )
-        if self.cp > 1:
-            raise ValueError(f"parallel.cp={self.cp} must be 1: there is no context parallelism yet")
+        if self.engine is not EngineName.native and (schedule is not ScheduleName["1f1b"] or file is not None):
+            key, value = ("schedule", schedule) if file is None else ("file", file)
+            raise ValueError(
+                f"parallel.pipeline.{key}={value} must be left out with parallel.engine={self.engine}: only native has "
+                "been proved with schedules other than 1f1b"
+            )
+        if self.rebalance_every and file is None and SCHEDULES[schedule].placement is Route.bidirectional:
+            raise ValueError(
+                f"parallel.rebalance_every={self.rebalance_every} must be 0 with "
+                f"parallel.pipeline.schedule={schedule}: experts of stages that have copies do not move; take dualpipev"
+            )

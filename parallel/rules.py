@@ -4,6 +4,8 @@
     routed experts       divide by ep            a rank holds whole experts, equally many
     sequence length      divides by cp * tp      ranks hold equal shards of a sequence
     every global batch   divides by dp           replicas train on equally many sequences
+    layers               at least one a stage
+    pipeline ranks, stages a rank, micro-batches: what the schedule's rule says (parallel/pipeline/schedules.py)
 
 Vocabulary and MLP widths need not divide: their parts differ by one row at most (parallel/placement.py).
 """
@@ -12,6 +14,9 @@ from collections.abc import Iterable
 
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.schedules import check as check_schedule
+from parallel.pipeline.stages import divide
 from parallel.topology import Topology
 
 
@@ -56,6 +61,18 @@ def check_model(model: ModelConfig, sequence_length: int, layout: Topology | Par
             f"{shards}: ranks hold equal shards of a sequence; the nearest that are: "
             f"{_multiples(sequence_length, shards)}"
         )
+
+
+def check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """The rules of a schedule by name that hold whatever the batch is. Raises ValueError.
+
+    A schedule in a file is read when a run starts (training/arrange.py): its configuration outlives the file.
+    """
+    p = parallel.pipeline
+    if p.file is None:
+        # As many micro-batches as any schedule wants.
+        check_schedule(p.schedule, parallel.pp, 2 * parallel.pp, p.virtual)
+        divide(model, SCHEDULES[p.schedule].stages(parallel.pp, p.virtual), p.layers)
 
 
 def _divisors(number: int, degree: int) -> str:

@@ -14,7 +14,9 @@ from typing import NamedTuple
 from configs.schema import TrainConfig
 from model.count import flops_per_token
 from parallel.config import EngineName
+from parallel.pipeline.plan import splits_backward
 from training.config import Compile
+from training.support import check_compile
 
 
 class Price(NamedTuple):
@@ -31,7 +33,7 @@ PRICES = {"cpu": Price(60.0, 1.3, 1e11), "accelerator": Price(90.0, 1.5, 1e14)}
 def decide_compile(config: TrainConfig, device_type: str) -> tuple[bool, str]:
     """Whether to compile for ``device_type`` ("cpu", "cuda", ...), and why, in a line.
 
-    Raises ValueError where ``run.compile=on`` and something that compiling needs is missing.
+    Raises ValueError where ``run.compile=on`` and something that compiling needs is missing, or that it cannot take.
     """
     if config.run.compile is Compile.off:
         return False, "eager: run.compile=off"
@@ -40,6 +42,10 @@ def decide_compile(config: TrainConfig, device_type: str) -> tuple[bool, str]:
         if config.run.compile is Compile.on:
             raise ValueError(f"run.compile=on needs parallel.engine=native; {engine} takes modules over as they are")
         return False, f"eager: parallel.engine={engine}"
+    if splits_backward(config.parallel):
+        pipeline = config.parallel.pipeline
+        check_compile(config.run.compile, f"the schedule {pipeline.file or pipeline.schedule}", splits=True)
+        return False, f"eager: {pipeline.file or pipeline.schedule} splits backwards"
     missing = _find_missing(device_type)
     if config.run.compile is Compile.on:
         if missing:

@@ -13,10 +13,10 @@ from model.batch import Batch, Denominators
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import Axis, Mesh, Traffic
-from parallel.pipeline.plan import Pipeline, divide_model, evaluation, program, schedule_of
+from parallel.pipeline.plan import Pipeline, evaluation, program
 from parallel.pipeline.run import Interpreter, Span
+from training.arrange import arrange_stages
 from training.determinism import DTYPES
-from training.ramp import count_microbatches, schedule_batches
 from training.work import Differentiator, Evaluation, Shapes, Sums, Training
 
 
@@ -53,22 +53,7 @@ def shape_activations(model: ModelConfig, length: int, dtype: torch.dtype, mesh:
     return Shapes(length // mesh.degree(Axis.sequence), model.hidden, 1 + model.mtp.depth, dtype, mesh.device)
 
 
-def make_runner(config: TrainConfig, pipeline: Pipeline, mesh: Mesh) -> Runner:
-    """The runner of a run."""
+def make_runner(config: TrainConfig, mesh: Mesh) -> Runner:
+    """The runner of a run. Raises ValueError for a pipeline that does not fit it: see ``arrange_stages``."""
     shapes = shape_activations(config.model, config.data.sequence_length, DTYPES[config.precision], mesh)
-    return Runner(config.parallel, pipeline, shapes, mesh)
-
-
-def arrange_stages(config: TrainConfig, replicas: int) -> Pipeline:
-    """Which layers are a stage, and who has it: the same for every size of the batch.
-
-    Raises ValueError, naming the step, for a number of micro-batches that the schedule cannot take.
-    """
-    schedules = []
-    for level in schedule_batches(config.run, config.data.sequence_length).levels:
-        count = count_microbatches(level.batch, config.run.micro_batch, replicas)
-        try:
-            schedules.append(schedule_of(config.parallel, count))
-        except ValueError as error:
-            raise ValueError(f"step {level.step}, a batch of {level.batch}: {error}") from None
-    return divide_model(config.parallel, config.model, schedules[-1])
+    return Runner(config.parallel, arrange_stages(config, mesh.degree(Axis.dp)), shapes, mesh)

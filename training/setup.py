@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from configs.schema import TrainConfig
 from parallel.build import Shards, Stages
-from parallel.mesh import Axis, Mesh
+from parallel.mesh import Mesh
 from training.engines import Engine, hand_over
 from training.machine import Machine, prepare_machine
-from training.pipeline import Runner, arrange_stages, make_runner
+from training.pipeline import Runner, make_runner
 from training.placer import Placer
 from training.ramp import BatchSchedule, schedule_batches
 from training.text import Text, open_shared_text
@@ -48,9 +48,9 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
     machine = prepare_machine(config, mesh)
     text = open_shared_text(config, report, mesh)
     schedule = schedule_batches(config.run, config.data.sequence_length)
-    pipeline = arrange_stages(config, mesh.degree(Axis.dp))
-    mesh.share(pipeline.shared(config.model))
-    stages, shards = build_parts(config, mesh, pipeline)
+    runner = make_runner(config, mesh)
+    mesh.share(runner.pipeline.shared(config.model))
+    stages, shards = build_parts(config, mesh, runner.pipeline)
     engine = hand_over(stages, shards, mesh, config)
     if machine.compiled:
         from model.compile import compile_segments
@@ -59,5 +59,4 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
             compile_segments(model)
     report(f"{config.model.name} in {config.precision} on {machine.describe()}")
     placer = Placer(stages, shards, engine, mesh, config.parallel.rebalance_every)
-    runner = make_runner(config, pipeline, mesh)
     return Setup(config, mesh, machine, text, schedule, stages, shards, engine, placer, runner)

@@ -1,10 +1,12 @@
-"""What each engine cannot do, refused by name before anything is built. Standard library only."""
+"""What engines and schedules cannot do, refused by name before anything is built. Standard library only."""
 
 from importlib.util import find_spec
 
 from model.config import Recompute
-from parallel.config import EngineName
-from training.config import MomentDtype, OptimizerConfig, Precision
+from parallel.config import EngineName, ParallelConfig
+from parallel.pipeline.schedules import check as check_schedule
+from training.config import Compile, MomentDtype, OptimizerConfig, Precision, RunSection
+from training.ramp import count_microbatches, schedule_batches
 
 DEEPSPEED = (EngineName.zero1, EngineName.zero2)
 
@@ -32,4 +34,32 @@ def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig, 
         raise ValueError(
             f"optimizer.moments={optimizer.moments} must be master with parallel.engine={engine}: the AdamW that "
             "DeepSpeed steps keeps moments in the dtype of the masters"
+        )
+
+
+def check_microbatches(parallel: ParallelConfig, run: RunSection, sequence_length: int, replicas: int) -> None:
+    """Raises ValueError, naming the first step, if a schedule by name cannot take the micro-batches of every batch."""
+    p = parallel.pipeline
+    if p.file is not None:
+        return
+    levels = schedule_batches(run, sequence_length).levels
+    for level in levels:
+        try:
+            count = count_microbatches(level.batch, run.micro_batch, replicas)
+            check_schedule(p.schedule, parallel.pp, count, p.virtual)
+        except ValueError as error:
+            raise ValueError(explain_step(level.step, level.batch, len(levels), error)) from None
+
+
+def explain_step(step: int, batch: int, sizes: int, error: ValueError) -> str:
+    """What is wrong with a batch, and from which step on where a run has several ``sizes`` of them."""
+    return f"{error}; so in step {step}, whose batch is {batch} by run.ramp" if sizes > 1 else str(error)
+
+
+def check_compile(choice: Compile, schedule: str, splits: bool) -> None:
+    """Raises ValueError if what must be compiled follows a schedule that ``splits`` backwards."""
+    if choice is Compile.on and splits:
+        raise ValueError(
+            f"run.compile=on must be auto or off with {schedule}, which splits backwards: compiled segments compute "
+            "all gradients at once"
         )

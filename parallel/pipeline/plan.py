@@ -12,7 +12,7 @@ from parallel.config import ParallelConfig
 from parallel.pipeline import text
 from parallel.pipeline.action import Op, Schedule, parts
 from parallel.pipeline.lower import Program, lower
-from parallel.pipeline.schedules import evaluate, generate
+from parallel.pipeline.schedules import SCHEDULES, evaluate, generate
 from parallel.pipeline.stages import Pipeline, divide
 from parallel.pipeline.validate import validate
 
@@ -23,14 +23,22 @@ def make_schedule(name: str, file: str | None, ranks: int, microbatches: int, vi
     if file is None:
         schedule = generate(name, ranks, microbatches, virtual)
     else:
-        schedule = text.load(Path(file))
+        try:
+            schedule = text.load(Path(file))
+        except ValueError as error:  # begins with the path
+            raise ValueError(f"parallel.pipeline.file={error}") from None
         if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
             raise ValueError(
                 f"parallel.pipeline.file={file} is for {schedule.ranks} ranks and {schedule.microbatches} "
                 f"micro-batches, the run has parallel.pp={ranks} and {microbatches}: change run.micro_batch, "
                 "run.global_batch or parallel.pp"
             )
-    validate(schedule)
+        if not _has(schedule, Op.B, Op.I):
+            raise ValueError(f"parallel.pipeline.file={file} has no backward: it evaluates, and cannot train")
+    try:
+        validate(schedule)
+    except ValueError as error:
+        raise ValueError(f"parallel.pipeline.file={file}: {error}") from None
     return schedule
 
 
@@ -54,8 +62,14 @@ def _make_program(name: str, file: str | None, ranks: int, microbatches: int, vi
 def divide_model(parallel: ParallelConfig, model: ModelConfig, schedule: Schedule) -> Pipeline:
     """Which layers are a stage, and where stages are, which is the same for any number of micro-batches.
 
-    Raises ValueError where there are more stages than layers, or ``parallel.pipeline.layers`` does not divide them.
+    Raises ValueError where there are more stages than layers, where ``parallel.pipeline.layers`` does not divide them,
+    and where experts should move that have copies.
     """
+    if parallel.rebalance_every and any(len(holders) > 1 for holders in schedule.stage_map.holders_of):
+        raise ValueError(
+            f"parallel.rebalance_every={parallel.rebalance_every} must be 0 with the schedule {schedule.name}: experts "
+            "of stages that have copies do not move"
+        )
     return Pipeline(divide(model, schedule.stages, parallel.pipeline.layers), schedule.stage_map)
 
 
@@ -65,6 +79,13 @@ def evaluation(pipeline: Pipeline, microbatches: int) -> Program:
     return lower(evaluate(pipeline.stage_map, microbatches))
 
 
-def splits_backward(schedule: Schedule) -> bool:
-    """Whether weight gradients are computed apart from input gradients."""
-    return any(action.op is Op.W for actions in schedule.lists for compute in actions for action in parts(compute))
+def splits_backward(parallel: ParallelConfig) -> bool:
+    """Whether weight gradients are computed apart from input gradients. ValueError for a file that is no schedule."""
+    p = parallel.pipeline
+    if p.file is None:
+        return SCHEDULES[p.schedule].splits
+    return _has(text.load(Path(p.file)), Op.W)
+
+
+def _has(schedule: Schedule, *ops: Op) -> bool:
+    return any(action.op in ops for computes in schedule.lists for compute in computes for action in parts(compute))

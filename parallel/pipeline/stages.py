@@ -71,8 +71,8 @@ def divide(config: ModelConfig, stages: int, sizes: Sequence[int] | None = None)
         sizes = _balance(*price(config), stages)
     elif len(sizes) != stages or min(sizes) < 1 or sum(sizes) != config.num_layers:
         raise ValueError(
-            f"parallel.pipeline.layers={list(sizes)} must be {stages} numbers of layers, one a stage, each at least 1 "
-            f"and together model.num_layers={config.num_layers}"
+            f"parallel.pipeline.layers=[{','.join(map(str, sizes))}] must be {stages} numbers of layers, one a stage, "
+            f"each at least 1 and together model.num_layers={config.num_layers}"
         )
     ends = list(accumulate(sizes))
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
