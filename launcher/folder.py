@@ -5,6 +5,7 @@ runs/<id>/config.yaml     the configuration, resolved
          versions.json    python, torch, packages, git revision, platform
          proof.json       the proof that a run of several ranks started with, or that it had none
          metrics.jsonl    the record (training writes it)
+         schedule.svg     of a pipeline, what each rank does when; schedule.txt its lists (training writes them)
          logs/rank0/ ...  what each rank printed, if there were several
          weights/         the final save (training writes it)
 """

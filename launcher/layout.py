@@ -1,19 +1,26 @@
-"""``shoestring layout``: who is in which group, for any number of ranks, without starting one. Loads no torch.
+"""``shoestring layout``: who is in which group and has which layers, for any number of ranks, without starting one.
 
     shoestring layout parallel.dp=4 parallel.tp=2 parallel.ep=4          every rank and every group
     shoestring layout 5 parallel.dp=4 parallel.tp=2 parallel.ep=4        the groups of rank 5
 
-There are pp * dp * cp * tp ranks; dp is 1 if nothing is said. Consecutive ranks share a node.
+There are pp * dp * cp * tp ranks; dp is 1 if nothing is said. Consecutive ranks share a node. Loads no torch.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from configs.schema import RunConfig
 from launcher import cli
 from launcher.invocation import Invocation
 from launcher.ranks import check_layout
+from parallel.config import name_schedule
 from parallel.topology import Axis, Topology
 from parallel.traffic import GROUPS
+from training.ramp import count_microbatches
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from parallel.pipeline.stages import Pipeline
 
 SUMMARY = "print who is in which group, for any number of ranks, without starting one"
 OPTIONAL = ("rank",)
@@ -28,10 +35,17 @@ def run(config: RunConfig, invocation: Invocation) -> int:
     """Prints the layout, or one rank's place in it."""
     topology = check_layout(config, None)
     node = config.cluster.devices_per_node
+    pipeline = divide_layers(config, topology)
     if invocation.arguments:
-        lines = describe_rank(topology, node, _read_rank(invocation.arguments[0], topology))
+        rank = _read_rank(invocation.arguments[0], topology)
+        first, *lines = describe_rank(topology, node, rank)
+        held = pipeline.stage_map.stages_of(topology.coordinate(rank, Axis.pp))
+        stages = list_stages(config.model, pipeline, held)
+        lines = [first, *stages, *([""] if stages else []), *lines]
     else:
-        lines = [*describe_world(config, topology), "", *list_ranks(topology, node), "", *list_groups(topology, node)]
+        stages = list_stages(config.model, pipeline, tuple(range(len(pipeline.layers))))
+        lines = [*describe_world(config, topology), *stages]
+        lines += ["", *list_ranks(topology, node), "", *list_groups(topology, node)]
     print("\n".join(lines))
     return 0
 
@@ -48,11 +62,52 @@ def describe_world(config: RunConfig, topology: Topology) -> list[str]:
         f"  tp  a rank has {config.data.sequence_length // topology.tp} of {config.data.sequence_length} tokens of a "
         f"sequence and {model.attention.heads // topology.tp} of {model.attention.heads} heads",
     ]
+    if topology.pp > 1:
+        count = count_microbatches(run.global_batch, run.micro_batch, topology.dp)
+        lines.append(
+            f"  pp  {name_schedule(config.parallel.pipeline)} over {topology.pp} ranks, {count} micro-batches a step"
+        )
     if model.moe.experts:
         lines.append(
             f"  ep  a rank has {model.moe.experts // topology.ep} of {model.moe.experts} routed experts a layer; "
             f"every expert has {_count(topology.edp, 'holder')}"
         )
+    return lines
+
+
+def divide_layers(config: RunConfig, topology: Topology) -> "Pipeline":
+    """Which layers are a stage, and which pipeline ranks have it."""
+    from parallel.pipeline.stages import whole
+
+    if topology.pp == 1:
+        return whole(config.model)
+    from parallel.pipeline.plan import divide_model  # loads numpy, which a layout without a pipeline does without
+    from training.arrange import take_schedule
+
+    return divide_model(config.parallel, config.model, take_schedule(config, topology.dp))
+
+
+def list_stages(model: "ModelConfig", pipeline: "Pipeline", stages: tuple[int, ...]) -> list[str]:
+    """A table of these stages of several; of many, the first and the last."""
+    from parallel.pipeline.stages import price
+
+    if len(pipeline.layers) == 1:
+        return []
+    layers, end = price(model)
+    last = len(pipeline.layers) - 1
+    lines = ["", f"{'stage':>6}{'cost':>6}   {'on pp':<12}layers"]
+    for stage in stages if len(stages) <= SMALL else (*stages[: SMALL // 2], stages[-1]):
+        if stage == stages[-1] and len(stages) > SMALL:
+            lines.append(f"{'..':>6}")
+        held = pipeline.layers[stage]
+        first, stop = held.start, held.stop - 1
+        share = (sum(layers[layer] for layer in held) + end * (stage == last)) / (sum(layers) + end)
+        words = [f"{first}-{stop}" if stop > first else f"{first}"]
+        words += ["embedding"] if stage in pipeline.stages_of("embedding.weight", model) else []
+        words += ["norm, head"] if stage == last else []
+        words += ["MTP"] if stage == last and model.mtp.depth else []
+        where = " ".join(map(str, pipeline.stage_map.holders_of[stage]))
+        lines.append(f"{stage:>6}{share:>6.0%}   {where:<12}{', '.join(words)}")
     return lines
 
 

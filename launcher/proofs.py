@@ -70,6 +70,9 @@ def identify(cases: "Mapping[str, Case]", root: Path = ROOT) -> str:
     paths = sorted(path for room in ROOMS for path in (root / room).rglob("*.py"))
     facts = {
         "cases": {name: asdict(case) for name, case in cases.items()},
+        "schedules": sorted(
+            {hash_bytes(Path(case.pipeline.file).read_bytes()) for case in cases.values() if case.pipeline.file}
+        ),
         "versions": list_versions(cases),
         "sources": {path.relative_to(root).as_posix(): hash_bytes(path.read_bytes()) for path in paths},
     }

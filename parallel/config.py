@@ -37,6 +37,13 @@ class PipelineConfig:
             )
 
 
+def name_schedule(pipeline: PipelineConfig) -> str:
+    """The schedule in words."""
+    if pipeline.file is not None:
+        return f"the schedule of {pipeline.file}"
+    return pipeline.schedule + (f" of {pipeline.virtual} stages a rank" if pipeline.virtual > 1 else "")
+
+
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How many ways each axis splits the work. ``dp`` defaults to what the other axes leave of the world."""

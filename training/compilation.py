@@ -15,8 +15,7 @@ from configs.schema import TrainConfig
 from model.count import flops_per_token
 from parallel.config import EngineName
 from parallel.pipeline.plan import splits_backward
-from training.config import Compile
-from training.support import check_compile
+from training.support import Compile, check_compile
 
 
 class Price(NamedTuple):

@@ -106,6 +106,7 @@ def describe(summary: Summary, setup: Setup, folder: Path) -> list[str]:
     if not math.isnan(summary.held_out):
         against = "" if math.isnan(summary.bigram) else f"   (a bigram model: {summary.bigram:.4f})"
         lines.append(f"held-out loss {summary.held_out:.4f} nats a token{against}")
-    names = {"weights": "weights", "metrics": "metrics.jsonl", "sample": "sample.txt", "config": "config.yaml"}
+    names = {"weights": "weights", "metrics": "metrics.jsonl", "sample": "sample.txt"}
+    names |= {"schedule": "schedule.svg", "config": "config.yaml"}
     lines += [f"{what:<8} {folder / name}" for what, name in names.items() if (folder / name).exists()]
     return lines

@@ -18,6 +18,7 @@ from parallel.mesh import Mesh
 from training.finish import Summary, finish
 from training.interrupt import Interrupt
 from training.machine import join_mesh
+from training.picture import describe_schedule, draw_schedule, simulate_step
 from training.setup import set_up
 from training.sinks import open_record
 from training.steps import run_steps
@@ -26,7 +27,8 @@ from training.whole import save_weights
 
 
 def train(config: TrainConfig, folder: Path, price: float = 0.0) -> Summary:
-    """Trains as ``config`` says; ``folder`` exists and gets ``metrics.jsonl``, ``weights/`` and ``sample.txt``.
+    """Trains as ``config`` says; ``folder`` exists and gets ``metrics.jsonl``, ``weights/``, ``sample.txt`` and,
+    of a pipeline, ``schedule.svg`` and ``schedule.txt``.
 
     Every rank that a launcher started calls it alike. ``price`` is that of all devices, an hour. The summary is the
     same on all ranks but for the bigram loss, which rank 0 alone measures.
@@ -42,7 +44,10 @@ def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) 
     first = mesh.rank == 0
     with open_record(config.run.sinks, folder, kept=first) as record:
         setup = set_up(config, print if first else _say_nothing, mesh)
-        record.write("start", **setup.facts())
+        if first:
+            timeline = simulate_step(config, mesh)
+            record.write("start", **setup.facts(), **describe_schedule(timeline, config))
+            draw_schedule(timeline, folder)
         gauge = Gauge(config, setup.schedule, setup.machine, price)
         with open_view(gauge, shown=first) as view, Interrupt(view.note) as interrupt:
             outcome = run_steps(setup, record, view, lambda: interrupt.asked)

@@ -1,22 +1,30 @@
 """A user's configuration as a proof of a few seconds: everything that layouts can get wrong is kept, sizes are not.
 
 kept        degrees, engine, heads, experts, groups, top_k, shared experts, router, prediction depth, recomputation,
-            tied embeddings, optimizer, moves of experts, and what is left over when a width is divided among the ranks
-shrunk      layers to one of each kind; hidden sizes, vocabulary, and tokens of a sequence
+            tied embeddings, optimizer, moves of experts, and what is left over when a width is divided among the ranks;
+            a pipeline's schedule, stages, and what is left over when its micro-batches are divided among its ranks
+shrunk      layers to one of each kind, or to one a stage and one over; hidden sizes, vocabulary, tokens of a sequence;
+            micro-batches to twice the pipeline's ranks
 left out    names and the learning rate's size and schedule: configurations that differ in them alone have one proof
-lowered     above ``RANKS`` ranks dp first, and ep as far as it then has to be
+lowered     above ``RANKS`` ranks dp, ep as far as it then has to be, and a pipeline of more than ``LENGTH`` ranks
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from configs.schema import TrainConfig
 from model.config import ModelConfig
+from parallel.config import ParallelConfig, PipelineConfig
+from parallel.pipeline.plan import schedule_of
+from parallel.pipeline.schedules import SCHEDULES
 from parallel.topology import Topology
 from training.config import MomentDtype, RateConfig
 from training.proof.case import Case
+from training.ramp import count_microbatches
 
 RANKS = 16
+LENGTH = 4  # of a pipeline: ends, and something between them
 TOKENS = 8  # of a sequence, at least
 
 
@@ -29,11 +37,19 @@ class Shrunk(NamedTuple):
 
 def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
     """The cases that stand for ``config`` on ``topology``. ValueError for a layout that is too large: see ``lower``."""
-    small, unproved = lower(topology, config.model.moe.experts)
-    micro_batches = config.run.global_batch // (config.run.micro_batch * topology.dp)
+    parallel, run = config.parallel, config.run
+    small, unproved = lower(topology, config.model.moe.experts, list_lengths(parallel))
+    pipeline = replace(parallel.pipeline, layers=None)
+    count = count_microbatches(run.global_batch, run.micro_batch, topology.dp)
+    stages = 1
+    if topology.pp == 1 and pipeline == PipelineConfig():
+        accumulation = min(count, 2)
+    else:
+        accumulation = count if pipeline.file else max(3, 2 * small.pp + count % small.pp)
+        stages = schedule_of(ParallelConfig(pp=small.pp, pipeline=pipeline), accumulation).stages
     case = Case(
         topology=small,
-        model=shrink_model(config.model, small.stage_size),
+        model=shrink_model(config.model, small.stage_size, stages),
         optimizer=replace(
             config.optimizer,
             lr=1e-3,
@@ -41,12 +57,13 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
             moments=MomentDtype.master,  # float64 has no bfloat16 moments
             bucket_bytes=4096,  # small, so that there are many
         ),
-        engine=config.parallel.engine,
+        engine=parallel.engine,
+        pipeline=pipeline,
         micro_batch=min(config.run.micro_batch, 2),
-        accumulation=min(max(micro_batches, 1), 2),
+        accumulation=accumulation,
         length=small.cp * small.tp * max(2, TOKENS // (small.cp * small.tp)),
         documents=config.data.mask_documents,
-        rebalance=config.parallel.rebalance_every > 0,
+        rebalance=parallel.rebalance_every > 0,
     )
     moving = ", experts change ranks after every step" if case.rebalance else ""
     cases = {f"spread{moving}": case}
@@ -55,19 +72,21 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
     return Shrunk(cases, unproved)
 
 
-def shrink_model(model: ModelConfig, ranks: int) -> ModelConfig:
-    """One layer of each kind and small widths, each with the remainder it leaves when divided by ``ranks``."""
+def shrink_model(model: ModelConfig, ranks: int, stages: int = 1) -> ModelConfig:
+    """One layer of each kind, and one for each of several stages and one over; and small widths, each with the
+    remainder that it leaves when divided by ``ranks``."""
 
     def reduce(size: int, least: int) -> int:
         least = max(least, ranks)  # every rank gets something: fully_shard takes no empty weights
         return size if size <= least else least + (size - least) % ranks
 
-    a, dense = model.attention, min(model.dense_layers, 1)
+    a, dense, routed = model.attention, model.dense_layers, model.num_layers - model.dense_layers
+    layers = max(min(dense, 1) + min(routed, 1), min(stages + 1, model.num_layers) if stages > 1 else 1)
     return replace(
         model,
         name="proof",
-        num_layers=dense + min(model.num_layers - model.dense_layers, 1),
-        dense_layers=dense,
+        num_layers=layers,
+        dense_layers=min(dense, 1) if routed else layers,
         hidden=reduce(model.hidden, 12),
         ffn=reduce(model.ffn, 10),
         vocab_size=reduce(model.vocab_size, 19),
@@ -86,26 +105,56 @@ def shrink_model(model: ModelConfig, ranks: int) -> ModelConfig:
     )
 
 
-def lower(topology: Topology, experts: int) -> tuple[Topology, list[str]]:
+def list_lengths(parallel: ParallelConfig) -> Sequence[int]:
+    """The numbers of pipeline ranks that can stand for ``parallel.pp``: those that its schedule takes."""
+    if parallel.pp == 1 or parallel.pipeline.file is not None:
+        return (parallel.pp,)
+    return range(2, parallel.pp + 1, 2 if SCHEDULES[parallel.pipeline.schedule].even else 1)
+
+
+def lower(topology: Topology, experts: int, lengths: Sequence[int] = (1,)) -> tuple[Topology, list[str]]:
     """A layout of at most ``RANKS`` ranks like ``topology``, and what of it is not proved, in words.
 
-    Experts that had several holders keep several. Raises ValueError where tp alone is more than ``RANKS``.
+    Every axis that had several ranks keeps several, and so do the holders of an expert, as far as that is possible; a
+    pipeline, of one of ``lengths``, keeps ``LENGTH`` before dp and ep are kept large. Raises ValueError where tp
+    alone, or with the shortest pipeline, is more than ``RANKS``.
     """
     if topology.world <= RANKS:
         return topology, []
-    if topology.tp * topology.cp > RANKS:
+    shards, shortest = topology.tp * topology.cp, min(lengths)
+    if shortest > RANKS:
         raise ValueError(
-            f"parallel.tp={topology.tp} must be at most {RANKS} to be proved on one machine; "
-            "verify=skip trains without a proof"
+            f"parallel.pp={topology.pp} must be at most {RANKS} to be proved on one machine with a schedule of your "
+            "own; verify=skip trains without a proof"
         )
-    dp = max(d for d in range(1, topology.dp + 1) if topology.dp % d == 0 and d * topology.tp * topology.cp <= RANKS)
-    stage = dp * topology.tp * topology.cp
-    most = stage // 2 if topology.edp > 1 and stage > 1 else stage
-    ep = max(e for e in range(1, most + 1) if topology.ep % e == 0 and stage % e == 0 and (experts % e == 0))
-    small = replace(topology, dp=dp, ep=ep)
+    if shards * shortest > RANKS:
+        raise ValueError(
+            f"parallel.tp={topology.tp} must be at most {RANKS // shortest} to be proved on one machine"
+            f"{' with a pipeline' if shortest > 1 else ''}; verify=skip trains without a proof"
+        )
+    small = max(
+        (
+            replace(topology, pp=pp, dp=dp, ep=ep)
+            for pp in lengths
+            for dp in _divisors(topology.dp, RANKS // (pp * shards))
+            for ep in _divisors(topology.ep, dp * shards)
+            if dp * shards % ep == 0 and experts % ep == 0
+        ),
+        key=lambda t: _rate(t, topology),
+    )
     lowered = [
         f"parallel.{axis}={getattr(topology, axis)}: proved with {getattr(small, axis)}"
-        for axis in ("dp", "ep")
+        for axis in ("pp", "dp", "ep")
         if getattr(topology, axis) != getattr(small, axis)
     ]
     return small, lowered
+
+
+def _rate(small: Topology, large: Topology) -> tuple[int, ...]:
+    """The higher, the better ``small`` stands for ``large``."""
+    kept = sum((getattr(small, axis) > 1) == (getattr(large, axis) > 1) for axis in ("dp", "ep", "edp"))
+    return kept, min(small.pp, LENGTH), small.dp, small.ep, small.pp
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0]
