@@ -21,10 +21,10 @@ from configs.schema import TrainConfig
 from model.batch import Denominators, count_labels
 from model.build import build, outline
 from parallel.config import EngineName, ParallelConfig
-from parallel.exchange import take_travelled
+from parallel.exchange import find_exchanges, take_travelled
 from parallel.locality import Travel
 from parallel.mesh import Mesh, connect, disconnect
-from parallel.topology import Topology
+from parallel.topology import Axis, Topology
 from training.agree import wait_for_all
 from training.config import Precision
 from training.evaluate import count_sequences, evaluate
@@ -32,6 +32,7 @@ from training.finish import Ending
 from training.gather import gather_whole, name_tensors
 from training.metrics import Record
 from training.microbatches import total_travel
+from training.placer import Placer
 from training.setup import Setup, set_up
 from training.steps import run_steps
 from training.text import open_shared_text
@@ -88,6 +89,18 @@ def count_all_travel(stand: Stand) -> bool:
     return total_travel(setup.stages.values(), setup.mesh) == Travel(*torch.stack(everyone).sum(0).tolist())
 
 
+def count_the_moved(stand: Stand) -> bool:
+    """What is reported of a move is how many experts are on another rank than before."""
+    setup, moe = stand.setup, stand.setup.config.model.moe
+    exchanges, each = find_exchanges(setup.stages.values()).values(), moe.experts // setup.mesh.degree(Axis.ep)
+    ranks = [exchange.places // each for exchange in exchanges]
+    placer = Placer(setup.stages, setup.shards, setup.engine, setup.mesh, every=1)
+    load = torch.where(torch.arange(moe.experts) < each, 100, 1)  # the first rank has all the work
+    reported = placer.take(load.expand(len(setup.config.model.routed_blocks()), -1))
+    changed = (exchange.places // each != before for exchange, before in zip(exchanges, ranks, strict=True))
+    return reported == sum(int(moved.sum()) for moved in changed) > 0
+
+
 def wait_for_the_last(stand: Stand) -> bool:
     """Nobody goes on before all are there."""
     return stay_together(stand, lambda: wait_for_all(stand.setup.mesh))
@@ -125,7 +138,9 @@ PROMISES: dict[str, Callable[[Stand], bool]] = {
     "stop": stop_together,
     "evaluate": measure_the_whole_split,
     "gather": gather_the_plain_weights,
+    "gather stages": gather_the_plain_weights,
     "travel": count_all_travel,
+    "moved": count_the_moved,
     "wait": wait_for_the_last,
     "open": open_what_rank_0_prepared,
     "leave": leave_together,
@@ -136,20 +151,29 @@ LEAVE = Site("parallel/mesh.py", "disconnect", "dist.barrier")
 STOP, HEAR = Site("training/steps.py", "run_steps", "any_rank"), Site(AGREE, "any_rank", "sum_over")
 LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))
 TRAVELLED = Site("training/microbatches.py", "total_travel", "sum_over")
+MOVED = Site("training/placer.py", "Placer.take", "sum_over")
 SEND, RECEIVE = Site(COLLECT, "_collect", "dist.send"), Site(COLLECT, "_collect", "dist.recv")
+BRING, FETCH = Site(COLLECT, "_bring", "dist.send"), Site(COLLECT, "_bring", "dist.recv")
 PROMISED = [
     *(Break(site, "unheard", how="stop") for site in (STOP, HEAR)),
     *(Break(site, kind, how="evaluate") for site in (LABELS, LOSS) for kind in ("own alone", "counted twice")),
     *(Break(TRAVELLED, kind, how="travel") for kind in ("own alone", "counted twice")),
     Break(SEND, "sent wrong", how="gather"),
     Break(RECEIVE, "received nothing", how="gather"),
+    Break(BRING, "sent wrong", how="gather stages"),
+    Break(FETCH, "received nothing", how="gather stages"),
+    *(Break(MOVED, kind, how="moved") for kind in ("own alone", "counted twice")),
     Break(WAIT, "unheard", how="wait"),
     Break(OPEN, "unheard", how="open"),
     Break(LEAVE, "left alone", how="leave"),
 ]
 
 
-def make(folder: Path, engine: EngineName = EngineName.native) -> TrainConfig:
+LAYOUTS = {"gather stages": Topology(pp=2)}  # other layouts than two replicas that share experts
+SPREAD = Topology(dp=2, ep=2)
+
+
+def make(folder: Path, engine: EngineName = EngineName.native, layout: Topology = SPREAD) -> TrainConfig:
     """A step of 4 sequences, and an evaluation of 5 in rounds of 4."""
     config = make_run(
         folder,
@@ -157,14 +181,15 @@ def make(folder: Path, engine: EngineName = EngineName.native) -> TrainConfig:
         precision=Precision.fp64,
         **{"steps": 1, "global_batch": 4, "micro_batch": 2, "eval_tokens": 5 * 16},
     )
-    return replace(config, parallel=ParallelConfig(dp=2, ep=2, engine=engine))
+    return replace(config, parallel=ParallelConfig(pp=layout.pp, dp=layout.dp, ep=layout.ep, engine=engine))
 
 
 def keep(rank: int, world: int, breaks: list[Break], folder: Path) -> dict[Break, tuple[bool, int]]:
     """Whether this rank saw the promise kept while each break was planted, and how often the broken call was made."""
     kept = {}
     for number, broken in enumerate(breaks):
-        setup = set_up(make(folder), lambda line: None, Mesh(Topology(dp=2, ep=2), torch.device("cpu")))
+        layout = LAYOUTS.get(broken.how, SPREAD)
+        setup = set_up(make(folder, layout=layout), lambda line: None, Mesh(layout, torch.device("cpu")))
         stand = Stand(setup, folder / str(number))
         stand.folder.mkdir(exist_ok=True)
         wait_for_all(setup.mesh)

@@ -20,7 +20,7 @@ from spawn import RankError, run_ranks
 from torch.distributed.tensor import DTensor
 
 from parallel import collectives, reduce
-from parallel.config import EngineName
+from parallel.config import EngineName, PipelineConfig
 from parallel.mesh import Mesh
 from parallel.topology import Axis, Topology
 from parallel.traffic import Traffic
@@ -49,6 +49,7 @@ NORM, ZERO_NORM = (
     Site("training/zero.py", "DeepSpeed.step", "sum_over"),
 )
 REPLICATED, FSDP2_NORM = (Site(FSDP2, f"Fsdp2.{of}", "dist.all_reduce") for of in ("finished", "_measure_norm"))
+STAGES = Site("parallel/pipeline/run.py", "Interpreter._exchange", "dist.batch_isend_irecv")
 PARTS, TRAVEL = Site(MOVE, "_move", "dist.all_reduce"), Site(MOVE, "_travel", "all_to_all")
 
 BREAKS = [
@@ -81,6 +82,9 @@ BREAKS = [
     *(Break(FSDP2_NORM, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
     *(Break(PARTS, kind, 4, how="moving") for kind in ("left alone", "doubled in place", "wrong group")),
     *(Break(TRAVEL, kind, how="moving") for kind in ("skipped", "doubled", "swapped splits")),
+    *(Break(STAGES, kind, how="pipeline") for kind in ("lost", "sent doubled")),
+    *(Break(site, "own alone", how="pipeline") for site in (TOTALS, NORM)),
+    *(Break(site, "received doubled", how="pipeline") for site in (ADD, COPY)),  # of the embedding, for MTP
 ]
 LOUD = [Break(COUNTS, "shuffled")]  # what is sent with wrong sizes does not arrive: no number could be wrong
 MOVES = [  # faults of what is sent, not of the sending
@@ -91,7 +95,7 @@ CONTROLS = [
     *(Break(site, "nothing") for site in (GATHER, FORTH, COUNTS, ADD)),
     *(
         Break(site, "nothing", how=how)
-        for site, how in ((FSDP2_NORM, "fsdp2"), (ZERO_NORM, "zero1"), (TRAVEL, "moving"))
+        for site, how in ((FSDP2_NORM, "fsdp2"), (ZERO_NORM, "zero1"), (TRAVEL, "moving"), (STAGES, "pipeline"))
     ),
     *(Break(site, "nothing", 4, how) for site, how in ((REPLICATED, "fsdp2"), (PARTS, "moving"))),
 ]
@@ -100,6 +104,12 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"engine": EngineName.fsdp2},
     "zero1": {"engine": EngineName.zero1},
     "moving": {"rebalance": True, "steps": 2},
+    "pipeline": {
+        "topology": Topology(pp=2),
+        "pipeline": PipelineConfig(schedule="1f1b"),
+        "model": make_config(num_layers=3, mtp=1),
+        "accumulation": 3,
+    },
 }
 # What other backends than gloo use: with equal pieces gloo can do it as well.
 PIECES = [
@@ -111,7 +121,7 @@ Verdicts = dict[Break, tuple[Report, int]]
 
 
 def make_case(ranks: int, how: str) -> Case:
-    """One step; tp and ep over the same two ranks, and dp over as many such pairs as there are.
+    """One step; tp and ep over the same two ranks, and dp over as many such pairs as there are; or a pipeline.
 
     Sizes divide by tp: the same message then fits every group, and only its numbers are wrong."""
     case = Case(
@@ -127,8 +137,10 @@ def prove_broken(rank: int, world: int, breaks: list[Break]) -> Verdicts:
     """Every break on its own, and how often the broken call was made."""
     cases = {how: make_case(world, how) for how in {broken.how for broken in breaks}}
     references = {how: trace_plain(case) for how, case in cases.items()}
-    mesh, verdicts = Mesh(make_case(world, "native").topology, torch.device("cpu")), {}
+    meshes = {topology: Mesh(topology, torch.device("cpu")) for topology in {case.topology for case in cases.values()}}
+    verdicts = {}
     for broken in breaks:
+        mesh = meshes[cases[broken.how].topology]
         with pytest.MonkeyPatch.context() as patch, planted(broken, mesh) as hits:
             if broken.site.function == "_reduce_scatter":
                 patch.setattr(collectives, "sums_itself", lambda group: False)
