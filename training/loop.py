@@ -8,7 +8,8 @@
 
 Ctrl-C, and losses that are not finite for too long, end the steps early; what there is, is saved all the same.
 
-Every rank runs all of it, with its part of the model and of the data. Rank 0 alone writes, prints and draws the sample.
+Every rank runs all of it, with its part of the model and of the data. Rank 0 alone writes and draws the sample; what
+the others print, the same steps, goes to their logs.
 """
 
 from pathlib import Path
@@ -49,7 +50,7 @@ def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) 
             record.write("start", **setup.facts(), **describe_schedule(timeline, config))
             draw_schedule(timeline, folder)
         gauge = Gauge(config, setup.schedule, setup.machine, price)
-        with open_view(gauge, shown=first) as view, Interrupt(view.note) as interrupt:
+        with open_view(gauge) as view, Interrupt(view.note) as interrupt:
             outcome = run_steps(setup, record, view, lambda: interrupt.asked)
             if config.checkpoint.save:
                 save_weights(setup, folder / "weights")

@@ -124,26 +124,8 @@ class TerminalView:
         self._progress.stop()
 
 
-class SilentView:
-    """Nothing, for ranks whose steps another shows."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def show(self, row: StepRow) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-def open_view(gauge: Gauge, shown: bool = True) -> View:
-    """The view that suits standard output, if the run is ``shown``."""
-    if not shown:
-        return SilentView()
+def open_view(gauge: Gauge) -> View:
+    """The view that suits standard output: of several ranks, all but the first have a log there."""
     return TerminalView(gauge) if sys.stdout.isatty() else PlainView(gauge)
 
 

@@ -36,7 +36,7 @@ from training.placer import Placer
 from training.setup import Setup, set_up
 from training.steps import run_steps
 from training.text import open_shared_text
-from training.view import SilentView
+from training.view import Gauge, PlainView
 
 PATIENCE = 1.0  # seconds that rank 0 keeps others waiting for
 
@@ -52,7 +52,8 @@ def stop_together(stand: Stand) -> bool:
     """When one rank is asked to stop, none takes another step."""
     rank = stand.setup.mesh.rank
     with Record(stand.folder / f"{rank}.jsonl") as record:
-        outcome = run_steps(stand.setup, record, SilentView(), lambda: rank == 1)
+        gauge = Gauge(stand.setup.config, stand.setup.schedule, stand.setup.machine, 0.0)
+        outcome = run_steps(stand.setup, record, PlainView(gauge), lambda: rank == 1)
     return outcome.ending is Ending.interrupted and outcome.last is None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -11,22 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import make_config
-from small_runs import make_run, write_text
+from small_runs import make_run, open_run, write_text
 from spawn import run_ranks
 from torch import Tensor
 
 from configs.schema import TrainConfig
 from model.huggingface import export
+from parallel.config import ParallelConfig, PipelineConfig, ScheduleName
 from parallel.mesh import Mesh
+from parallel.pipeline.schedules import generate
+from parallel.pipeline.simulate import Cost, simulate
 from parallel.pipeline.stages import whole as undivided
+from parallel.pipeline.text import parse
 from parallel.topology import Topology
 from training import whole
 from training.config import Precision, RampConfig
+from training.evaluate import evaluate
 from training.finish import Ending, Summary
 from training.interrupt import Interrupt
 from training.loop import train_on
 from training.metrics import read
-from training.save import open_saved
+from training.save import load, open_saved
 from training.setup import set_up
 from training.step import run_step
 from training.weights import build_parts
@@ -51,15 +57,18 @@ def make(text: Path, micro_batch: int, **changes: Any) -> TrainConfig:
     """Four steps of 8 sequences, the first two of 4, measured twice on 21 sequences."""
     return make_run(
         text,
-        model=make_config(vocab_size=264, mtp=1),
+        model=make_config(vocab_size=264, num_layers=4, mtp=1),
         precision=Precision.fp64,
         micro_batch=micro_batch,
         **{"steps": 4, "ramp": RampConfig(start=4, tokens=100), "eval_every": 2, "eval_tokens": 21 * 16, **changes},
     )
 
 
-def run(text: Path, folder: Path, topology: Topology, micro_batch: int, **changes: Any) -> tuple[Path, list[Any]]:
-    config = make(text, micro_batch, **changes)
+def run(
+    text: Path, folder: Path, topology: Topology, micro_batch: int, schedule: str = "1f1b"
+) -> tuple[Path, list[Any]]:
+    config = make(text, micro_batch)
+    config.parallel = ParallelConfig(pp=topology.pp, pipeline=PipelineConfig(schedule=ScheduleName[schedule]))
     return folder, run_ranks(train_rank, topology.world, topology, config, str(folder))
 
 
@@ -71,24 +80,23 @@ def train_rank(rank: int, world: int, topology: Topology, config: TrainConfig, f
 
 
 @pytest.mark.parametrize(
-    ("topology", "micro_batch"),
-    [(Topology(dp=2), 2), (Topology(dp=4, ep=2), 1), (Topology(dp=2, tp=2, ep=2), 2)],
+    ("topology", "micro_batch", "schedule"),
+    [
+        (Topology(dp=2), 2, "1f1b"),
+        (Topology(dp=4, ep=2), 1, "1f1b"),
+        (Topology(dp=2, tp=2, ep=2), 2, "1f1b"),
+        (Topology(pp=2, dp=2, ep=2), 1, "1f1b"),
+        (Topology(pp=2), 1, "zb_v"),
+        (Topology(pp=2, tp=2), 1, "dualpipev"),
+        (Topology(pp=2), 1, "dualpipe"),
+    ],
     ids=str,
 )
-def test_equals_one_process(text: Path, reference: Path, tmp_path: Path, topology: Topology, micro_batch: int) -> None:
-    folder, ranks = run(text, tmp_path, topology, micro_batch)
-    ours, theirs = (read(path / "metrics.jsonl", "step") for path in (folder, reference))
-    assert len(ours) == len(theirs) == 4 and [row["tokens"] // 16 for row in ours] == [4, 4, 8, 8]
-    for row, expected in zip(ours, theirs, strict=True):
-        for name in ("loss", "grad_norm", "clip_factor", "aux"):
-            assert row[name] == pytest.approx(expected[name], rel=1e-11), name
-        assert row["mtp_losses"] == pytest.approx(expected["mtp_losses"], rel=1e-11)
-        for name in ("lr", "tokens", "cursor", "violation_worst", "violation_mean", "dead_experts", "skipped"):
-            assert row[name] == expected[name], name
-        # All ranks are on one machine; a token goes to every other rank of its ep group at most, in each of 3 layers.
-        most = 3 * row["tokens"] * (topology.ep - 1) * 12 * 8
-        assert row["nodes_touched"] == (topology.ep > 1) and row["bytes_across"] == 0
-        assert (0 < row["bytes_inside"] <= most) if topology.ep > 1 else row["bytes_inside"] == 0
+def test_equals_one_process(
+    text: Path, reference: Path, tmp_path: Path, topology: Topology, micro_batch: int, schedule: str
+) -> None:
+    folder, ranks = run(text, tmp_path, topology, micro_batch, schedule)
+    check_steps(folder, reference, topology)
     evaluations, expected = (
         [row["loss"] for row in read(path / "metrics.jsonl", "eval")] for path in (folder, reference)
     )
@@ -97,14 +105,61 @@ def test_equals_one_process(text: Path, reference: Path, tmp_path: Path, topolog
     assert saved.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (saved[name] - tensor).abs().max() <= 1e-9 * tensor.abs().max().clamp(1e-9), name
+    check_plain(text, folder, evaluations[-1])
     check_endings(folder, reference, ranks)
+    check_schedule(folder, topology, schedule)
+
+
+def check_plain(text: Path, folder: Path, held_out: float) -> None:
+    """The saved weights in a plain model, asked the same by itself."""
+    setup = open_run(make(text, 4))
+    load(next(iter(setup.stages.values())), folder / "weights")
+    assert evaluate(setup) == pytest.approx(held_out, rel=1e-11)
+
+
+def check_schedule(folder: Path, topology: Topology, schedule: str) -> None:
+    """What the record and the folder say of the schedule."""
+    start = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    stages = {"1f1b": topology.pp, "dualpipe": topology.pp}.get(schedule, 2 * topology.pp)
+    assert (start["schedule"], start["stages"]) == (schedule, stages)
+    drawn = [(folder / name).exists() for name in ("schedule.svg", "schedule.txt")]
+    assert drawn == [topology.pp > 1] * 2
+    if topology.pp > 1:
+        written = parse((folder / "schedule.txt").read_text(), schedule)
+        assert written == generate(schedule, topology.pp, start["micro_batches"])
+        assert start["bubble"] == pytest.approx(
+            max(simulate(written, Cost()).bubbles) / simulate(written, Cost()).makespan
+        )
+        assert f"{written.stages} stages" in (folder / "schedule.svg").read_text()
+    else:
+        assert start["bubble"] == 0
+
+
+def check_steps(folder: Path, reference: Path, topology: Topology) -> None:
+    """Every step's row."""
+    ours, theirs = (read(path / "metrics.jsonl", "step") for path in (folder, reference))
+    assert len(ours) == len(theirs) == 4 and [row["tokens"] // 16 for row in ours] == [4, 4, 8, 8]
+    for row, expected in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm", "clip_factor", "aux"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-11), name
+        assert row["mtp_losses"] == pytest.approx(expected["mtp_losses"], rel=1e-11)
+        for name in ("lr", "tokens", "cursor", "violation_worst", "violation_mean", "dead_experts", "skipped"):
+            assert row[name] == expected[name], name
+        # All ranks are on one machine; a token goes to every other rank of its ep group at most, in each of 4 layers.
+        most = 4 * row["tokens"] * (topology.ep - 1) * 12 * 8
+        assert row["nodes_touched"] == (topology.ep > 1) and row["bytes_across"] == 0
+        assert (0 < row["bytes_inside"] <= most) if topology.ep > 1 else row["bytes_inside"] == 0
 
 
 def check_endings(folder: Path, reference: Path, ranks: list[tuple[Summary, str]]) -> None:
-    """Rank 0 alone speaks and writes; all agree."""
+    """Rank 0 alone writes; all show the same losses, whichever stages they have."""
     (first, shown), *others = ranks
+    rows = read(folder / "metrics.jsonl", "step")
     assert "held-out loss" in shown and "ranks of 1 threads" in shown
-    assert all(text == "" for _, text in others)
+    for text in (shown, *(text for _, text in others)):
+        said = re.findall(r"^step (\S+)  loss (\S+)", text, re.MULTILINE)
+        assert said[-1] == ("4/4", f"{first.loss:.3f}") and said[0][1] == f"{rows[0]['loss']:.3f}"
+    assert not any("ranks of" in text for _, text in others)
     assert all(
         (s.ending, s.steps, s.loss, s.held_out) == (Ending.finished, 4, first.loss, first.held_out) for s, _ in ranks
     )

@@ -72,7 +72,13 @@ OVERRIDES = {
     "run.id=..": "must be fit for a folder's name",
     "run.seed=-1": "must not be negative",
     "run.sample.temperature=-1": "must not be negative",
-    "parallel.pp=2": "must be 1: there are no pipelines yet",
+    "parallel.pp=5": "model.num_layers=4 must be at least the number of pipeline stages, 5: lower parallel.pp",
+    "parallel.pipeline.schedule=zbv": "did you mean zb_v?",
+    "parallel.pipeline.schedule=dualpipe": "parallel.pp=1 must be even for parallel.pipeline.schedule=dualpipe",
+    "parallel.pipeline.virtual=0": "must be at least 1",
+    "parallel.pipeline.virtual=2": "must be 1 for parallel.pipeline.schedule=1f1b, which has 1 stages a rank",
+    "parallel.pipeline.layers=4": "did you mean [4]?",
+    "parallel.pipeline.layers=[3]": "together model.num_layers=4",
     "parallel.cp=2": "must be 1: there is no context parallelism yet",
     "parallel.ep=0": "must be at least 1",
     "parallel.dp=-1": "must be at least 1",
@@ -95,6 +101,7 @@ OVERRIDES = {
     "run.name=${nobody}": "cannot be resolved",
     "run.name=${oc.env:SHOESTRING_NOBODY}": "cannot be resolved",
 }
+RAMP = ("run.ramp.start=4", "run.ramp.jump=1", "run.ramp.tokens=4096", "parallel.pp=2", "parallel.dp=1")
 LINES = {
     ("trian",): ("trian", "did you mean train?"),
     ("--hlep",): ("--hlep", "not a verb"),
@@ -110,10 +117,43 @@ LINES = {
     ("params", "run.steps=a\nb\nc\nd"): ("run.steps=a", "cannot be read"),
     ("params", "parallel.dp=2", "parallel.ep=4"): ("parallel.ep=4", "must divide dp*cp*tp = 2*1*1 = 2"),
     ("params", "parallel.dp=4", "run.micro_batch=2", "run.ramp.start=2"): ("run.ramp makes a batch of 2", "dp=4"),
+    ("params", "parallel.pp=2", "parallel.engine=fsdp2"): ("parallel.pp=2", "must be 1 with parallel.engine=fsdp2"),
+    ("params", "parallel.engine=zero1", "parallel.pipeline.schedule=zb_h1"): ("schedule=zb_h1", "must be left out"),
+    ("params", "parallel.pp=2", "parallel.pipeline.virtual=2", "parallel.pipeline.schedule=zb_v"): ("has 2 stages",),
+    ("params", "parallel.pp=2", "parallel.pipeline.layers=[1,1,2]"): ("layers=[1,1,2]", "must be 2 numbers"),
+    ("params", "parallel.pp=2", "parallel.pipeline.layers=[4,0]"): ("layers=[4,0]", "each at least 1"),
+    ("params", "parallel.pp=3", "parallel.pipeline.schedule=zb_v"): ("pipeline stages, 6", "lower parallel.pp"),
+    ("params", "parallel.pp=3", "parallel.pipeline.schedule=dualpipe"): ("parallel.pp=3", "must be even", "dualpipev"),
+    ("params", "parallel.dp=1", "parallel.pp=2", "parallel.pipeline.schedule=dualpipev"): ("micro-batches=1", "= 4"),
+    ("layout", "parallel.pp=2", "parallel.pipeline.schedule=dualpipev"): ("micro-batches=1", "lower run.micro_batch"),
+    ("layout", "run.micro_batch=1", "run.ramp.start=2", "parallel.pp=2", "parallel.pipeline.schedule=dualpipev"): (
+        "micro-batches=2",
+        "so in step 0, whose batch is 2 by run.ramp",
+    ),
+    ("params", "run.micro_batch=1", *RAMP, "parallel.pipeline.schedule=dualpipe"): ("micro-batches=5", "in step 1, "),
+    ("params", "run.compile=on", "parallel.pipeline.schedule=zb_h1"): ("run.compile=on", "zb_h1, which splits"),
+    ("params", "parallel.rebalance_every=9", "parallel.pp=2", "parallel.pipeline.schedule=dualpipe"): (
+        "every=9",
+        "copies",
+    ),
+    ("params", "parallel.pipeline.file=mine.txt", "parallel.pipeline.virtual=2"): ("virtual=2", "must be left out"),
     ("completion",): ("completion needs <shell>", "--help"),
     ("completion", "bsh"): ("shell=bsh", "did you mean bash?"),
     ("completion", "bash", "a=1"): ("a=1", "takes no keys"),
 }
+# Files that a run cannot follow on two pipeline ranks, in 2 micro-batches.
+SCHEDULES = {
+    "0F0 0B0\n1F0 1B0": "is for 2 ranks and 1 micro-batches, the run has parallel.pp=2 and 2",
+    "0F0 0F1 0B0 0B1": "is for 1 ranks and 2 micro-batches",
+    "0F0 0F1\n1F0 1F1": "has no backward",
+    "0F0 0F1 0B0\n1F0 1B0 1F1 1B1": "lacks its backward: 0B1",
+    "0F0 0F1 0B0 0B1\n1F0 1B0 1X1": 'line 2, word 3 "1X1"',
+    "0F0 0F1 0B0 0B1 0B1\n1F0 1B0 1F1 1B1": "is computed by rank 0",
+    "2F0 2F1 2B0 2B1 0F0 0F1 0B0 0B1\n1F0 1F1 1B0 1B1": "waits in a circle",
+    "".join(f"{s}F0 {s}F1 " for s in range(5)) + "".join(f"{s}B0 {s}B1 " for s in range(4, -1, -1))
+    + "\n5F0 5F1 5B0 5B1": "must be at least the number of pipeline stages, 6",
+    "": "there is no action in it",
+}  # fmt: skip
 PRESETS = {
     "run: {steps: [1\n": "is not YAML",
     "run:\n\tsteps: 1\n": "is not YAML",
@@ -159,6 +199,40 @@ def test_override(word: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     message = answer(capsys, *words)
     assert all(part in message for part in LINES[words])
+
+
+@pytest.mark.parametrize("verb", ["layout", "train"])
+def test_schedule_file_that_is_not_there(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = answer(capsys, verb, "parallel.pp=2", "parallel.pipeline.file=nowhere.txt")
+    assert "parallel.pipeline.file=nowhere.txt cannot be read as a schedule" in message
+
+
+@pytest.mark.parametrize("text", SCHEDULES, ids=range(len(SCHEDULES)))
+def test_schedule_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    message = answer(capsys, "layout", "parallel.pp=2", "run.micro_batch=4", f"parallel.pipeline.file={path}")
+    assert SCHEDULES[text] in message
+    assert f"parallel.pipeline.file={path}" in message or "model.num_layers=4" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "message"),
+    [
+        ("0F0 0F1 0B0 0B1\n1F0 1I0 1W0 1F1 1B1", "run.compile=on", "splits backwards"),
+        ("0F0 1F0 1B0 0B0\n0F1 1F1 1B1 0B1", "parallel.rebalance_every=3", "that have copies do not move"),
+        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1", "run.ramp.start=4", "so in step 0, whose batch is 4 by run.ramp"),
+        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1", "parallel.engine=fsdp2", "parallel.pp=2 must be 1 with"),
+    ],
+    ids=["compile", "rebalance", "ramp", "engine"],
+)
+def test_what_does_not_go_with_a_schedule_file(
+    text: str, word: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text(text)
+    given = ("layout", "parallel.pp=2", "run.micro_batch=4", f"parallel.pipeline.file={tmp_path / 'mine.txt'}")
+    assert cli.main(given) == 0 and capsys.readouterr().err == ""
+    assert message in answer(capsys, *given, word)
 
 
 @pytest.mark.parametrize("text", PRESETS, ids=range(len(PRESETS)))

@@ -118,7 +118,7 @@ def test_every_rank_of_a_small_world(capsys: pytest.CaptureFixture[str]) -> None
         (("1", "2"), "2 must be written as key=value"),
         (("parallel.ep=2",), "parallel.ep=2 must divide dp*cp*tp = 1*1*1 = 1"),
         (("parallel.dp=16",), "run.global_batch=8 must be divisible by parallel.dp=16"),
-        (("run=deepseek_v3", "parallel.pp=16"), "parallel.pp=16 must be 1"),
+        (("run=deepseek_v3", "parallel.pp=62"), "at least the number of pipeline stages, 62"),
     ],
 )
 def test_mistakes(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,3 +144,49 @@ def test_a_verb_is_a_module_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher.layout", "0", "parallel.tp=2"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.startswith("rank 0 of 2: ") and run.stderr == ""
+
+
+def read_stages(text: list[str]) -> dict[int, tuple[str, str, str]]:
+    """Stage -> cost share, pipeline ranks, and what it has."""
+    at = next(number for number, line in enumerate(text) if line.split()[:2] == ["stage", "cost"])
+    rows = [line for line in text[at + 1 : text.index("", at)] if line.strip() != ".."]
+    return {int(row[:6]): (row[6:12].strip(), row[15:27].strip(), row[27:]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "holders"),
+    [
+        ("1f1b", ["0", "1"]),
+        ("zb_v", ["0", "1", "1", "0"]),
+        ("interleaved_1f1b parallel.pipeline.virtual=2", ["0", "1", "0", "1"]),
+        ("dualpipe", ["0 1", "0 1"]),
+    ],
+)
+def test_stages_and_who_has_them(schedule: str, holders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"parallel.pp=2 run.micro_batch=1 model.num_layers=9 parallel.pipeline.schedule={schedule}".split()
+    text = lines(capsys, *words)
+    stages = read_stages(text)
+    assert [where for _, where, _ in stages.values()] == holders
+    first, *_, last = (what for *_, what in stages.values())
+    assert "embedding" in first and last.endswith("embedding, norm, head, MTP")
+    ends = [what.split(",")[0].split("-") for *_, what in stages.values()]
+    layers = [layer for first, *rest in ends for layer in range(int(first), int(rest[0] if rest else first) + 1)]
+    assert layers == list(range(9))
+    assert abs(sum(int(share.rstrip("%")) for share, *_ in stages.values()) - 100) <= len(stages) / 2
+    of_rank = read_stages(lines(capsys, "1", *words))
+    assert of_rank == {stage: row for stage, row in stages.items() if "1" in row[1].split()}
+    assert any(line.startswith(f"  pp  {words[3].partition('=')[2]}") and "8 micro-batches" in line for line in text)
+
+
+def test_layers_as_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = read_stages(lines(capsys, "parallel.pp=3", "parallel.pipeline.layers=[1,2,1]"))
+    assert [what.split(",")[0] for *_, what in stages.values()] == ["0", "1-2", "3"]
+
+
+def test_many_stages_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run=deepseek_v3", "parallel.pp=16", "parallel.dp=64", "parallel.pipeline.schedule=dualpipev")
+    assert list(read_stages(lines(capsys, *words))) == [*range(8), 31]
+
+
+def test_one_stage_is_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not any(line.split()[:1] == ["stage"] and "cost" in line for line in lines(capsys, "parallel.dp=2"))

@@ -7,9 +7,10 @@ import pytest
 from small_models import make_config
 from small_runs import make_run
 
-from parallel.config import EngineName, ParallelConfig
+from parallel.config import EngineName, ParallelConfig, PipelineConfig, ScheduleName
+from parallel.pipeline.schedules import SCHEDULES
 from parallel.topology import Topology
-from training.proof.shrink import RANKS, lower, shrink, shrink_model
+from training.proof.shrink import RANKS, list_lengths, lower, shrink, shrink_model
 
 
 def test_keeps_what_layouts_can_get_wrong() -> None:
@@ -89,3 +90,67 @@ def test_learning_rates_and_sizes_share_a_proof(tmp_path: Path) -> None:
 def test_what_is_too_large_for_a_machine_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel\.tp=32 must be at most 16 .* verify=skip trains without"):
         lower(Topology(tp=32), experts=0)
+
+
+@pytest.mark.parametrize(("stages", "layers"), [(2, 3), (3, 4), (8, 9), (9, 9)])
+@pytest.mark.parametrize("dense", [0, 3, 9])
+def test_keeps_a_layer_a_stage_and_one_over(stages: int, layers: int, dense: int) -> None:
+    """One over, so that stages are uneven, where the model has it; both kinds of layers, where it has them."""
+    small = shrink_model(make_config(num_layers=9, dense_layers=dense), 2, stages)
+    assert small.num_layers == layers
+    assert {small.is_moe(layer) for layer in range(layers)} == {0: {True}, 3: {False, True}, 9: {False}}[dense]
+
+
+@pytest.mark.parametrize("name", ScheduleName)
+@pytest.mark.parametrize(("batch", "pp"), [(8, 2), (8, 4), (10, 4), (64, 4)])
+def test_keeps_schedule_stages_and_remainder(tmp_path: Path, name: ScheduleName, batch: int, pp: int) -> None:
+    virtual = 3 if SCHEDULES[name].virtual else 1
+    config: Any = make_run(
+        tmp_path, model=make_config(num_layers=20, vocab_size=264), global_batch=batch, micro_batch=1
+    )
+    config.parallel = ParallelConfig(pp=pp, pipeline=PipelineConfig(schedule=name, virtual=virtual))
+    for case in shrink(config, Topology(pp=pp)).cases.values():
+        assert (case.topology.pp, case.pipeline) == (pp, PipelineConfig(schedule=name, virtual=virtual))
+        assert len(case.stages.layers) == SCHEDULES[name].stages(pp, virtual)
+        assert case.model.num_layers == len(case.stages.layers) + 1
+        assert case.accumulation >= max(3, 2 * pp) and case.accumulation % pp == batch % pp
+
+
+def test_a_division_of_layers_is_not_of_the_class(tmp_path: Path) -> None:
+    config: Any = make_run(tmp_path, model=make_config(num_layers=9, vocab_size=264), micro_batch=1)
+    found = []
+    for layers in (None, (4, 5)):
+        config.parallel = ParallelConfig(pp=2, pipeline=PipelineConfig(layers=layers))
+        found.append(shrink(config, Topology(pp=2)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule", "proved"),
+    [
+        ({"pp": 8, "dp": 2, "ep": 2}, "1f1b", {"pp": 8, "dp": 2, "ep": 2}),
+        ({"pp": 16, "dp": 128, "ep": 64}, "dualpipe", {"pp": 4, "dp": 4, "ep": 2}),
+        ({"pp": 32}, "zb_v", {"pp": 16}),
+        ({"pp": 4, "dp": 64}, "1f1b", {"pp": 4, "dp": 4}),
+        ({"pp": 4, "tp": 8}, "1f1b", {"pp": 2, "tp": 8}),
+        ({"pp": 3, "tp": 8}, "1f1b", {"pp": 2, "tp": 8}),
+        ({"pp": 4, "dp": 8, "tp": 4, "ep": 8}, "zb_h1", {"pp": 2, "dp": 2, "tp": 4, "ep": 4}),
+    ],
+)
+def test_lowers_a_pipeline_and_says_so(given: dict[str, int], schedule: str, proved: dict[str, int]) -> None:
+    lengths = list_lengths(ParallelConfig(pp=given["pp"], pipeline=PipelineConfig(schedule=ScheduleName[schedule])))
+    small, unproved = lower(Topology(**given), 256, lengths)
+    assert small == Topology(**proved) and small.world <= RANKS
+    assert unproved == [
+        f"parallel.{axis}={given[axis]}: proved with {proved[axis]}"
+        for axis in ("pp", "dp", "ep")
+        if given.get(axis, 1) != proved.get(axis, 1)
+    ]
+
+
+def test_a_pipeline_that_cannot_be_shortened_is_refused() -> None:
+    own = list_lengths(ParallelConfig(pp=17, pipeline=PipelineConfig(file="mine.txt")))
+    with pytest.raises(ValueError, match=r"parallel\.pp=17 must be at most 16 .* schedule of your own; verify=skip"):
+        lower(Topology(pp=17), 0, own)
+    with pytest.raises(ValueError, match=r"parallel\.tp=16 must be at most 8 .* with a pipeline; verify=skip"):
+        lower(Topology(pp=2, tp=16), 0, (2,))
