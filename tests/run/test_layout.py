@@ -118,7 +118,10 @@ def test_every_rank_of_a_small_world(capsys: pytest.CaptureFixture[str]) -> None
         (("1", "2"), "2 must be written as key=value"),
         (("parallel.ep=2",), "parallel.ep=2 must divide dp*cp*tp = 1*1*1 = 1"),
         (("parallel.dp=16",), "run.global_batch=8 must be divisible by parallel.dp=16"),
-        (("run=deepseek_v3", "parallel.pp=62"), "at least the number of pipeline stages, 62"),
+        (
+            ("run=deepseek_v3", "parallel.pp=62"),
+            "model.num_layers=61 must be at least the number of pipeline stages, 62",
+        ),
     ],
 )
 def test_mistakes(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

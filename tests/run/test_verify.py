@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 from small_models import make_config
+from small_runs import make_run
 
 from launcher import cli, proofs, trial
-from parallel.config import EngineName
+from parallel.config import EngineName, ParallelConfig, PipelineConfig, ScheduleName
 from parallel.topology import Topology
 from training.config import OptimizerConfig
 from training.proof.case import Case
 from training.proof.report import BEHIND_ENGINE, ROUNDED
+from training.proof.shrink import shrink
 from training.support import DEEPSPEED
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,30 @@ def test_a_layout_is_proved_and_recorded(engine: str, tmp_path: Path) -> None:
     assert (proof.engine, proof.topology["ep"], "deepspeed" in proof.versions) == (engine, 2, engine == "zero1")
 
 
+def test_a_pipeline_is_proved_and_recorded(tmp_path: Path) -> None:
+    layout = ["parallel.pp=2", "parallel.pipeline.schedule=zb_v", "run.micro_batch=1"]
+    command = [str(ROOT / ".venv/bin/shoestring"), "verify", "run=tiny", *layout, f"proofs={tmp_path / 'kept'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.startswith("pp=2 dp=1 tp=1 ep=1, zb_v, engine native, spread\n") and "FAILED" not in done.stdout
+    (path,) = (tmp_path / "kept").iterdir()
+    proof = proofs.find(path.parent, path.stem)
+    assert proof is not None and proof.topology["pp"] == 2 and len(proof.cases) == 2
+
+
+def test_another_schedule_is_another_class(tmp_path: Path) -> None:
+    """So is another content of a file of the same name."""
+    config = make_run(tmp_path, model=make_config(num_layers=6, vocab_size=264), micro_batch=2)
+    (path := tmp_path / "mine.txt").write_text("0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3\n" + "1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3")
+    pipelines = [PipelineConfig(schedule=name) for name in ScheduleName if name != "dualpipe"]
+    found = []
+    for pipeline in [*pipelines, PipelineConfig(file=str(path))]:
+        config.parallel = ParallelConfig(pp=2, pipeline=pipeline)
+        found.append(proofs.identify(cases := shrink(config, Topology(pp=2)).cases))
+    path.write_text("0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3\n" + "1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3")
+    assert len({*found, proofs.identify(cases)}) == len(found) + 1
+
+
 def test_engines_of_deepspeed_are_held_to_rounding_and_what_comes_before_them_is_not() -> None:
     """Experts folded over tp; half of the cases crowded. What is rounded, is: these engines do take the steps."""
     case = Case(Topology(dp=2, tp=2, ep=4), make_config(num_layers=2, moe={"experts": 8, "groups": 4}), ADAM)
@@ -51,6 +77,8 @@ def test_engines_of_deepspeed_are_held_to_rounding_and_what_comes_before_them_is
     ("words", "message"),
     [
         (["parallel.tp=3"], "parallel.tp=3 must divide model.attention.heads"),
+        (["parallel.pp=2", "parallel.pipeline.file=nowhere.txt"], "parallel.pipeline.file=nowhere.txt cannot be read"),
+        (["parallel.pp=2", "parallel.pipeline.schedule=zb_v", "model.num_layers=3"], "number of pipeline stages, 4"),
         (["parallel.tp=32", "model.attention.heads=32", "data.sequence_length=64"], "must be at most 16 to be proved"),
     ],
 )
