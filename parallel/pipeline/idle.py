@@ -16,6 +16,9 @@ from torch import Tensor
 from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule
 from parallel.pipeline.simulate import Cost
 
+RATE = 0.05  # of what an action's lateness differs from what was expected, how much is learnt
+LIMIT = 1e-3  # seconds: what is later than this is no rule
+
 
 class Nothing:
     """A ``parallel.pipeline.run.Work`` that takes no time; ``peak``: the most activations that were alive."""
@@ -54,18 +57,24 @@ class Nothing:
 
 
 class Waiting(Nothing):
-    """The same, but an action takes its time."""
+    """The same, but an action takes its time.
+
+    Sleepers wake late, by what the machine has else to do. So the lateness is learnt, and they lie down for less: it is
+    the mean of an action's time that is right. To be kept from step to step.
+    """
 
     def __init__(self, stages: int, seconds: Mapping[Action, float]) -> None:
         """``seconds``: how long each action takes."""
         super().__init__(stages)
         self._seconds = seconds
+        self._late = 0.0  # seconds by which a sleeper wakes late
 
     def spend(self, action: Action) -> None:
         """Sleeps until the time of ``action``, counted from now, is over."""
-        deadline = perf_counter() + self._seconds[action]
-        while (left := deadline - perf_counter()) > 0:
-            sleep(left)
+        start, seconds = perf_counter(), self._seconds[action]
+        sleep(max(0.0, seconds - self._late))
+        late = perf_counter() - start - seconds
+        self._late += RATE * min(max(late, -LIMIT), LIMIT)
 
 
 def time_actions(schedule: Schedule, cost: Cost, second: float) -> dict[Action, float]:

@@ -66,6 +66,7 @@ class Interpreter:
     def __init__(self, group: dist.ProcessGroup | None, rank: int = 0) -> None:
         """``group``: the ranks of the pipeline in order, of which this is ``rank``; None where it is the only one."""
         self._group, self._rank = group, rank
+        self._batches = group is not None and dist.get_backend(group) != dist.Backend.GLOO
         self._held: dict[Name, Tensor | UnderWay] = {}
         self._leaving: deque[list[UnderWay]] = deque()
 
@@ -89,8 +90,9 @@ class Interpreter:
                 if action.op is Op.F and stop is not None and stop():
                     self._held.clear()
                     return False
+                read = self._read(action)
                 start = perf_counter()
-                self._act(action, work)
+                self._act(action, work, read)
                 if spans is not None:
                     spans.append(Span(self._rank, action, start - began, perf_counter() - began))
                 if last.get(action.stage) == (number, action):
@@ -101,21 +103,27 @@ class Interpreter:
         assert not self._held, f"made and never read: {sorted(self._held)}"
         return True
 
-    def _act(self, action: Action, work: Work) -> None:
+    def _read(self, action: Action) -> Tensor | None:
+        """What an action needs of other stages, once it is there."""
+        op, stage, microbatch = action
+        if op is Op.W:
+            return None
+        if op is Op.F:
+            return self._take((What.activation, stage - 1, microbatch)) if stage else None
+        return self._take((What.gradient, stage + 1, microbatch), missing=True)
+
+    def _act(self, action: Action, work: Work, read: Tensor | None) -> None:
         op, stage, microbatch = action
         if op is Op.W:
             work.weight(stage, microbatch)
-            return
-        if op is Op.F:
-            x = self._take((What.activation, stage - 1, microbatch)) if stage else None
-            made = work.forward(stage, microbatch, x)
+        elif op is Op.F:
+            made = work.forward(stage, microbatch, read)
             if made is not None:
                 self._held[What.activation, stage, microbatch] = made
-            return
-        gradient = self._take((What.gradient, stage + 1, microbatch), missing=True)
-        back = work.backward(stage, microbatch, gradient, op is Op.I)
-        if back is not None:
-            self._held[What.gradient, stage, microbatch] = back
+        else:
+            back = work.backward(stage, microbatch, read, op is Op.I)
+            if back is not None:
+                self._held[What.gradient, stage, microbatch] = back
 
     def _take(self, name: Name, missing: bool = False) -> Tensor | None:
         """What is held; the last stage gets no gradient from behind."""
@@ -123,29 +131,38 @@ class Interpreter:
         return held.wait() if isinstance(held, UnderWay) else held
 
     def _exchange(self, exchange: Exchange, work: Work) -> None:
-        operations = []
-        for kind, what, stage, microbatch, peer in exchange.transfers:
-            if kind is Kind.send:
-                tensor = self._take((what, stage, microbatch))
-                assert tensor is not None
-                operations.append(dist.P2POp(dist.isend, tensor.contiguous(), group=self._group, group_peer=peer))
-            else:
-                buffer = work.allocate(microbatch)
-                operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=peer))
-        started = dist.batch_isend_irecv(operations)
-        # A backend may make one work of the whole batch.
-        works = started if len(started) == len(operations) else started * len(operations)
+        tensors = [self._take(each[1:4]) if each.kind is Kind.send else work.allocate(each.microbatch)
+                   for each in exchange.transfers]  # fmt: skip
         leaving = []
-        for transfer, operation, under_way in zip(exchange.transfers, operations, works, strict=True):
-            kind, *_ = transfer
-            if kind is Kind.send:
-                leaving.append(UnderWay(operation.tensor, under_way))
+        started = self._start(exchange, [tensor.contiguous() for tensor in tensors if tensor is not None])
+        for transfer, under_way in zip(exchange.transfers, started, strict=True):
+            if transfer.kind is Kind.send:
+                leaving.append(under_way)
             else:
-                self._held[transfer[1:4]] = UnderWay(operation.tensor, under_way)
+                self._held[transfer[1:4]] = under_way
         if leaving:
             self._leaving.append(leaving)
             while len(self._leaving) > WINDOW:
                 self._release()
+
+    def _start(self, exchange: Exchange, tensors: list[Tensor]) -> list[UnderWay]:
+        """The transfers of an exchange, each with its tensor, under way."""
+        group = self._group
+        assert group is not None
+        ends = list(zip(exchange.transfers, tensors, strict=True))
+        if not self._batches:
+            # Without batches each call is its own. Asked directly, the group spares the checks of ``dist.isend`` and
+            # ``irecv``, which take as long as the calls themselves.
+            calls = [(group.send if transfer.kind is Kind.send else group.recv) for transfer in exchange.transfers]
+            return [UnderWay(tensor, call([tensor], transfer.peer, 0))
+                    for call, (transfer, tensor) in zip(calls, ends, strict=True)]  # fmt: skip
+        started = dist.batch_isend_irecv([
+            dist.P2POp(dist.isend if kind is Kind.send else dist.irecv, tensor, group=group, group_peer=peer)
+            for (kind, *_, peer), tensor in ends
+        ])  # fmt: skip
+        # A backend may make one work of the whole batch.
+        works = started if len(started) == len(ends) else started * len(ends)
+        return [UnderWay(tensor, each) for tensor, each in zip(tensors, works, strict=True)]
 
     def _release(self) -> None:
         for leaving in self._leaving.popleft():

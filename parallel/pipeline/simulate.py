@@ -21,7 +21,7 @@ Memory: an F keeps the activations of one stage and micro-batch until its B or i
 nothing); within an overlapped pair both sides are there. What is counted is activations of one stage and micro-batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -112,12 +112,17 @@ class Timeline:
                 yield Span(rank, compute, float(self.starts[slot]) * second, float(self.ends[slot]) * second)
 
 
-def simulate(schedule: Schedule, cost: Cost | None = None) -> Timeline:
-    """The timeline of a valid ``schedule``. ValueError if ranks wait in a circle, or for what nobody computes."""
+def simulate(schedule: Schedule, cost: Cost | None = None, durations: Sequence[float] | None = None) -> Timeline:
+    """The timeline of a valid ``schedule``. ValueError if ranks wait in a circle, or for what nobody computes.
+
+    ``durations``: of every action and pair, rank after rank, as a run measured them; of ``cost``, ``send`` still counts.
+    """
     cost = cost or Cost()
     table = tabulate(schedule)
-    kinds = np.where(table.codes[:, 1] < 0, table.ops(0), 4 + (table.ops(1) == I)).astype(np.int8)
+    kinds: np.ndarray = np.where(table.codes[:, 1] < 0, table.ops(0), 4 + (table.ops(1) == I)).astype(np.int8)
     costs = cost.table(len(kinds))
+    if durations is not None:  # every slot is a kind of its own
+        kinds, costs = np.arange(len(kinds), dtype=np.int32), np.array(durations, dtype=np.float64)
     starts, ends = _run(table, kinds, costs, cost.send)
     busy, spans = [], []
     for first, end in zip(table.offsets[:-1].tolist(), table.offsets[1:].tolist(), strict=True):
