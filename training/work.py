@@ -103,6 +103,7 @@ class Training:
     def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
         """See ``Work``."""
         x, losses, deferred = self._pending.pop((stage, microbatch))
+        assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
         hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
         self._engine.backward(stage, losses.total, hidden)
         if deferred is not None:

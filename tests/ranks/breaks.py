@@ -17,6 +17,8 @@ from torch import Tensor
 
 from parallel.collectives import Pending
 from parallel.mesh import Mesh
+from parallel.pipeline.lower import Exchange, Kind
+from parallel.pipeline.run import UnderWay
 from parallel.topology import Axis
 from parallel.traffic import Traffic
 from training.chunk import Chunk
@@ -48,7 +50,8 @@ def planted(broken: Break, mesh: Mesh) -> Iterator[list[int]]:
     lines = find_calls(site.file)[site]
     module = importlib.import_module(site.file.removesuffix(".py").replace("/", "."))
     owner, _, name = site.callee.rpartition(".")
-    original = getattr(dist if owner else module, name)
+    where = getattr(module, site.function.partition(".")[0]) if owner == "self" else module
+    original = getattr(dist if owner == "dist" else where, name)
 
     def call(*args: Any, **options: Any) -> Any:
         if sys._getframe(1).f_code.co_filename.endswith(site.file) and sys._getframe(1).f_lineno in lines:
@@ -56,10 +59,11 @@ def planted(broken: Break, mesh: Mesh) -> Iterator[list[int]]:
             return KINDS[broken.kind](mesh, original, *args, **options)
         return original(*args, **options)
 
-    kept = getattr(module, owner or name)
-    setattr(module, owner or name, Overridden(name, call) if owner else call)
+    replaced = owner if owner == "dist" else name
+    kept = getattr(where, replaced)
+    setattr(where, replaced, Overridden(name, call) if owner == "dist" else call)
     yield hits
-    setattr(module, owner or name, kept)
+    setattr(where, replaced, kept)
 
 
 def find_group(args: tuple[Any, ...], options: dict[str, Any]) -> dist.ProcessGroup:
@@ -140,12 +144,26 @@ def lose(mesh: Mesh, call: Call, operations: list[dist.P2POp]) -> list[dist.Work
     return [Done()] * len(operations)  # type: ignore[list-item]
 
 
-def double_sent(mesh: Mesh, call: Call, operations: list[dist.P2POp]) -> list[dist.Work]:
+def double_batch(mesh: Mesh, call: Call, operations: list[dist.P2POp]) -> list[dist.Work]:
     """All that is sent is doubled on its way."""
     for operation in operations:
         if operation.op is dist.isend:
             operation.tensor = operation.tensor * 2
     return call(operations)  # type: ignore[no-any-return]
+
+
+def leave_unsent(mesh: Mesh, call: Call, runner: Any, exchange: Exchange, tensors: list[Tensor]) -> list[UnderWay]:
+    """Nothing is sent, and zeros arrive."""
+    for transfer, tensor in zip(exchange.transfers, tensors, strict=True):
+        if transfer.kind is Kind.receive:
+            tensor.zero_()
+    return [UnderWay(tensor, Done()) for tensor in tensors]  # type: ignore[arg-type]
+
+
+def send_doubled(mesh: Mesh, call: Call, runner: Any, exchange: Exchange, tensors: list[Tensor]) -> Any:
+    """All that is sent counts twice."""
+    ends = zip(exchange.transfers, tensors, strict=True)
+    return call(runner, exchange, [tensor * 2 if end.kind is Kind.send else tensor for end, tensor in ends])
 
 
 def scale_received(factor: float) -> Call:
@@ -231,7 +249,9 @@ KINDS: dict[str, Call] = {
     "erased": erase,
     "never started": finish_at_once,
     "lost": lose,
-    "sent doubled": double_sent,
+    "batch doubled": double_batch,
+    "unsent": leave_unsent,
+    "sent doubled": send_doubled,
     "received doubled": scale_received(2),
     "received averaged": scale_received(0.5),
     "doubled in place": double_in_place,

@@ -19,7 +19,10 @@ SILENT = {
     *("get_backend", "get_rank", "get_world_size", "P2POp"),
     *("FileStore", "HashStore", "init_process_group", "new_group", "destroy_process_group"),
 }
+OWN = {"_exchange", "self._start"}  # functions of ours that do nothing but send, besides those of MESSENGERS
 TALKING = ("torch.distributed", "torch.nn.parallel", "deepspeed")  # libraries whose objects send on their own
+GROUPS = ("group", "self._group")  # and what groups are called: all of their methods send but these
+ASKING = {"size", "rank", "group_name", "index"}
 
 
 class Unseen(NamedTuple):
@@ -32,6 +35,7 @@ class Unseen(NamedTuple):
 
 
 UNSEEN = [
+    Unseen("parallel/pipeline/run.py", {"group.send", "group.recv"}, "stages send", "test_the_proof_notices"),
     Unseen(
         "training/fsdp2.py",
         {"fully_shard", "FSDPModule", "MixedPrecisionPolicy", "DeviceMesh", "DTensor", "Shard"},
@@ -66,7 +70,7 @@ class Site(NamedTuple):
 
 def find_sites() -> set[Site]:
     """Every call of a collective where training could make one."""
-    senders = {"_exchange"} | {
+    senders = OWN | {
         node.name
         for file in MESSENGERS
         for node in _parse(file).body
@@ -81,7 +85,7 @@ def find_sites() -> set[Site]:
 
 
 def find_unseen() -> set[tuple[str, str]]:
-    """File and name of what is imported from torch.distributed's modules and from DeepSpeed."""
+    """File and name of what is imported from torch.distributed's modules and from DeepSpeed, and asked of groups."""
     found = set[tuple[str, str]]()
     for file in list_files():
         for node in ast.walk(_parse(file)):
@@ -89,6 +93,8 @@ def find_unseen() -> set[tuple[str, str]]:
                 found |= {(file, "deepspeed") for alias in node.names if alias.name.startswith("deepspeed")}
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(TALKING):
                 found |= {(file, alias.name) for alias in node.names}
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in GROUPS and node.attr not in ASKING:
+                found.add((file, ast.unparse(node)))
     return found
 
 

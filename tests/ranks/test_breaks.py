@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from parallel import collectives, reduce
 from parallel.config import EngineName, PipelineConfig
 from parallel.mesh import Mesh
+from parallel.pipeline.run import Interpreter
 from parallel.topology import Axis, Topology
 from parallel.traffic import Traffic
 from training import fsdp2
@@ -49,7 +50,8 @@ NORM, ZERO_NORM = (
     Site("training/zero.py", "DeepSpeed.step", "sum_over"),
 )
 REPLICATED, FSDP2_NORM = (Site(FSDP2, f"Fsdp2.{of}", "dist.all_reduce") for of in ("finished", "_measure_norm"))
-STAGES = Site("parallel/pipeline/run.py", "Interpreter._exchange", "dist.batch_isend_irecv")
+STAGES = Site("parallel/pipeline/run.py", "Interpreter._exchange", "self._start")
+BATCH = Site("parallel/pipeline/run.py", "Interpreter._start", "dist.batch_isend_irecv")  # of other backends than gloo
 PARTS, TRAVEL = Site(MOVE, "_move", "dist.all_reduce"), Site(MOVE, "_travel", "all_to_all")
 
 BREAKS = [
@@ -82,7 +84,8 @@ BREAKS = [
     *(Break(FSDP2_NORM, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
     *(Break(PARTS, kind, 4, how="moving") for kind in ("left alone", "doubled in place", "wrong group")),
     *(Break(TRAVEL, kind, how="moving") for kind in ("skipped", "doubled", "swapped splits")),
-    *(Break(STAGES, kind, how="pipeline") for kind in ("lost", "sent doubled")),
+    *(Break(STAGES, kind, how="pipeline") for kind in ("unsent", "sent doubled")),
+    *(Break(BATCH, kind, how="pipeline") for kind in ("lost", "batch doubled")),
     *(Break(site, "own alone", how="pipeline") for site in (TOTALS, NORM)),
     *(Break(site, "received doubled", how="pipeline") for site in (ADD, COPY)),  # of the embedding, for MTP
 ]
@@ -95,7 +98,13 @@ CONTROLS = [
     *(Break(site, "nothing") for site in (GATHER, FORTH, COUNTS, ADD)),
     *(
         Break(site, "nothing", how=how)
-        for site, how in ((FSDP2_NORM, "fsdp2"), (ZERO_NORM, "zero1"), (TRAVEL, "moving"), (STAGES, "pipeline"))
+        for site, how in (
+            (FSDP2_NORM, "fsdp2"),
+            (ZERO_NORM, "zero1"),
+            (TRAVEL, "moving"),
+            (STAGES, "pipeline"),
+            (BATCH, "pipeline"),
+        )
     ),
     *(Break(site, "nothing", 4, how) for site, how in ((REPLICATED, "fsdp2"), (PARTS, "moving"))),
 ]
@@ -144,8 +153,20 @@ def prove_broken(rank: int, world: int, breaks: list[Break]) -> Verdicts:
         with pytest.MonkeyPatch.context() as patch, planted(broken, mesh) as hits:
             if broken.site.function == "_reduce_scatter":
                 patch.setattr(collectives, "sums_itself", lambda group: False)
+            if broken.site == BATCH:
+                patch.setattr(Interpreter, "_start", send_batches(Interpreter._start))
             verdicts[broken] = (prove(cases[broken.how], mesh, references[broken.how]), len(hits))
     return verdicts
+
+
+def send_batches(start: Callable[..., Any]) -> Callable[..., Any]:
+    """``Interpreter._start`` as on backends that have batches."""
+
+    def batched(self: Interpreter, *args: Any) -> Any:
+        self._batches = True
+        return start(self, *args)
+
+    return batched
 
 
 def move_pieces(rank: int, world: int, broken: Break) -> list[float]:
