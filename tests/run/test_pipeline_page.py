@@ -21,13 +21,15 @@ def test_examples_print_what_the_page_shows() -> None:
     assert result.failed == 0 and result.attempted >= 18
 
 
-def test_the_command_prints_what_the_page_shows(
+def test_the_commands_print_what_the_page_shows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    (block,) = re.findall(r"^    \$ shoestring (.*)\n((?:    .*\n|\n)*)", PAGE.read_text(), re.MULTILINE)
+    block, refused = re.findall(r"^    \$ shoestring (.*)\n((?:    .*\n|\n)*)", PAGE.read_text(), re.MULTILINE)
     assert cli.main(shlex.split(block[0])) == 0
     assert capsys.readouterr().out.strip() == textwrap.dedent(block[1]).strip()
+    assert cli.main(shlex.split(refused[0])) == 2
+    assert capsys.readouterr().err.strip() == textwrap.dedent(refused[1]).strip()
 
 
 def test_every_schedule_has_its_picture() -> None:
