@@ -115,7 +115,7 @@ class Timeline:
 def simulate(schedule: Schedule, cost: Cost | None = None, durations: Sequence[float] | None = None) -> Timeline:
     """The timeline of a valid ``schedule``. ValueError if ranks wait in a circle, or for what nobody computes.
 
-    ``durations``: of every action and pair, rank after rank, as a run measured them; of ``cost``, ``send`` still counts.
+    ``durations``: of every action and pair, rank after rank, as a run measured them; ``cost.send`` still counts.
     """
     cost = cost or Cost()
     table = tabulate(schedule)
