@@ -49,6 +49,7 @@ LAYOUTS = {
 }
 MICRO, LENGTH = 2, 64  # a micro-batch of a rank; two a step
 MIB = 2**20
+TITLES = ("weights", "moments", "added up", "summed", "over", "counted", "formula", "ratio", "then", "over", "peak")
 
 
 class Bytes(NamedTuple):
@@ -70,13 +71,13 @@ FORMULAS: dict[EngineName, Callable[[int, bool, int, int], Bytes]] = {
 
 def find_storages(*roots: object) -> dict[int, int]:
     """Bytes of every storage of a tensor that can be reached from ``roots``, by address."""
-    seen, waiting, found = set[int](), list[object](roots), dict[int, int]()
+    seen, waiting, found = dict[int, object](), list[object](roots), dict[int, int]()
     while waiting:
         held = waiting.pop()
         # What a function's module has is nobody's own.
         if id(held) in seen or isinstance(held, type | ModuleType | BuiltinFunctionType | str | int | float):
             continue
-        seen.add(id(held))
+        seen[id(held)] = held  # kept: the address of what is gone may be another's
         if isinstance(held, FunctionType):
             waiting += [cell.cell_contents for cell in held.__closure__ or ()] + [held.__defaults__]
             continue
@@ -131,12 +132,12 @@ def settle() -> int:
     return read_status("RssAnon")
 
 
-def train(name: EngineName, moments: MomentDtype, mesh: Mesh) -> dict[str, list[float]]:
+def train(name: EngineName, run: str, moments: MomentDtype, mesh: Mesh) -> dict[str, list[float]]:
     """Two steps of a new model, the second one weighed: bytes by phase, or by kind."""
     start = settle()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     low = read_status("VmHWM")
-    config = Composer().compose(("run=small",))[0].model
+    config = Composer().compose((f"run={run}",))[0].model
     model, shards = build_sharded(config, torch.bfloat16, mesh.device, 0, mesh)
     engine = build_engine(name, {0: model}, shards, mesh, OptimizerConfig(lr=1e-3, moments=moments), torch.bfloat16)
     found: dict[str, list[float]] = {"formula": list(predict(name, shards, mesh, moments))}
@@ -166,7 +167,7 @@ def run_backward(engine: Engine, depth: int, mesh: Mesh) -> None:
     engine.backward(0, engine.forward(0, batch, Denominators(labels, 2.0 * MICRO * mesh.degree(Axis.dp))).total)
 
 
-def work(rank: int, names: list[str], layout: str, moments: str, folder: str) -> None:
+def work(rank: int, names: list[str], run: str, layout: str, moments: str, folder: str) -> None:
     """A rank's process."""
     torch.set_num_threads(1)
     connect(torch.device("cpu"), rank, LAYOUTS[layout].world, Path(folder) / "store")
@@ -174,16 +175,18 @@ def work(rank: int, names: list[str], layout: str, moments: str, folder: str) ->
     found = {}
     for name in names:
         for _ in range(2):
-            found[name] = train(EngineName(name), MomentDtype(moments), mesh)
+            found[name] = train(EngineName(name), run, MomentDtype(moments), mesh)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     disconnect()
 
 
-def measure(names: Sequence[EngineName], layout: str, moments: MomentDtype) -> dict[EngineName, dict[str, list[float]]]:
+def measure(
+    names: Sequence[EngineName], run: str, layout: str, moments: MomentDtype
+) -> dict[EngineName, dict[str, list[float]]]:
     """Of each engine the rank that holds most."""
     world = LAYOUTS[layout].world
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, ([name.value for name in names], layout, moments.value, folder), world)
+        multiprocessing.spawn(work, ([name.value for name in names], run, layout, moments.value, folder), world)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
     return {name: max((found[name] for found in ranks), key=lambda found: sum(found["added up"])) for name in names}
 
@@ -194,22 +197,23 @@ def describe(found: dict[str, list[float]]) -> str:
     counted, formula = sum(found["added up"]), sum(found["formula"])
     figures = [weights, moments, gradients, found["summed"][2], found["over"][2], counted, formula]
     figures += [sum(found[what]) for what in ("process added up", "process over", "peak")]
-    figures = [f"{figure / MIB:8.1f}" for figure in figures]
-    return "".join([*figures[:7], f"{counted / formula:8.3f}", *figures[7:]])
+    figures = [f"{figure / MIB:9.1f}" for figure in figures]
+    return "".join([*figures[:7], f"{counted / formula:9.3f}", *figures[7:]])
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", type=EngineName, default=list(EngineName))
+    parser.add_argument("--run", default="small", help="whose model")
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--moments", type=MomentDtype, default=MomentDtype.master)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    titles = ("weights", "moments", "added up", "summed", "over", "counted", "formula", "ratio")
-    print(f"{'MiB':18}{''.join(f'{title:>8}' for title in (*titles, 'process', 'over', 'peak'))}")
+    print(f"{'':36}{'gradients':>27}{'all of the tensors':>27}{'the process':>27}")
+    print(f"{'MiB':18}{''.join(f'{title:>9}' for title in TITLES)}")
     for layout in options.layouts:
-        for name, found in measure(options.engines, layout, options.moments).items():
+        for name, found in measure(options.engines, options.run, layout, options.moments).items():
             print(f"{layout:10}{name:8}{describe(found)}", flush=True)
 
 

@@ -20,9 +20,10 @@ Bytes of a rank for P elements held, Q = P / holders (and the rest of a division
 
     c P weights + 4 Q masters + 8 Q moments, gradients 4 P in stage 1 and 4 Q in stage 2
 
-and for a step 4 Q more and, of each optimizer, a bucket (``optimizer.bucket_bytes``, or all its gradients if fewer).
-Stage 2 keeps all of a parameter of which a rank owns a part while parameters are float32, and c bytes an element of
-them beside the 4 Q while a backward runs if they are bfloat16.
+of which, in stage 1, 4 Q are left when they are summed; none when the step is over. While a backward or a sum runs,
+each optimizer has a bucket (``optimizer.bucket_bytes``, or all its gradients if fewer); a step takes 4 Q more. Stage 2
+keeps all of a parameter of which a rank owns a part while parameters are float32, and c bytes an element of them beside
+the 4 Q while a backward runs if they are bfloat16.
 """
 
 import math
