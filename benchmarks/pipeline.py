@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=50, help="programs without computation")
     parser.add_argument("--sequences", type=int, default=2, help="of a micro-batch, with the real model")
     parser.add_argument("--real-microbatches", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("output/pipeline"), help="where traces go")
+    parser.add_argument("--out", type=Path, default=Path("runs/pipeline"), help="where traces go")
     options = parser.parse_args()
     if "waiting" in options.what:
         spawn(wait, options.ranks, options)
