@@ -12,7 +12,7 @@ from training.native import Native
 
 
 def alone() -> Mesh:
-    """This process as the only rank. tests/unit/conftest.py ends what this starts."""
+    """This process as the only rank. tests/conftest.py ends what this starts."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return Mesh(Topology(), torch.device("cpu"))
