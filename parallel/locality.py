@@ -22,6 +22,7 @@ class View(NamedTuple):
     """The ep group, seen from one rank."""
 
     node: Tensor  # [n] int64, the node of each member, numbered 0 .. N-1
+    nodes: int  # N
     place: int  # of the rank that looks
 
 
@@ -42,15 +43,14 @@ def look(group: Sequence[int], rank: int, ranks_per_node: int, device: torch.dev
     """What ``rank`` sees of its ep ``group`` (global ranks); node i has ranks ``ranks_per_node * i`` and on."""
     number = {node: i for i, node in enumerate(sorted({member // ranks_per_node for member in group}))}
     nodes = [number[member // ranks_per_node] for member in group]
-    return View(torch.tensor(nodes, device=device), group.index(rank))
+    return View(torch.tensor(nodes, device=device), len(number), group.index(rank))
 
 
 def count(touched: Tensor, view: View, row_bytes: int) -> Tensor:
     """``touched`` [T, n], 1 where a token has experts on a member of the group -> the four numbers of ``Travel``."""
-    nodes = view.node.unique().numel()
-    entered = touched.new_zeros(len(touched), nodes).index_add_(1, view.node, touched) > 0  # [T, N]
+    entered = touched.new_zeros(len(touched), view.nodes).index_add_(1, view.node, touched) > 0  # [T, N]
     rows = touched.sum(0)
     beside = view.node == view.node[view.place]
     here, inside = rows[view.place], (rows * beside).sum()
-    tokens = torch.tensor(len(touched), device=touched.device)
+    tokens = touched.new_full((), len(touched))
     return torch.stack((tokens, entered.sum(), (inside - here) * row_bytes, (rows.sum() - inside) * row_bytes))
