@@ -93,6 +93,11 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> float:
     return 2 * count(config).trained.multiplied + core * (config.num_layers + config.mtp.depth)
 
 
+def count_layer(config: ModelConfig, layer: int) -> Amount:
+    """The parameters of one block; those of MTP count on from ``num_layers``."""
+    return sum(_count_blocks(config, [config.is_moe(layer)]).values(), Amount())
+
+
 def without_mtp(config: ModelConfig) -> ModelConfig:
     """The same model without multi-token prediction."""
     return replace(config, mtp=replace(config.mtp, depth=0))

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from model.config import ModelConfig
+from model.count import count, count_layer
 from parallel.pipeline.action import StageMap
 
 
@@ -80,21 +81,9 @@ def divide(config: ModelConfig, stages: int, sizes: Sequence[int] | None = None)
 
 def price(config: ModelConfig) -> tuple[list[int], int]:
     """Weights that a token is multiplied with: in each layer, and at the end, in the head and in MTP."""
-    a, h, moe = config.attention, config.hidden, config.moe
-    latent = 0 if a.q_rank is None else a.q_rank * h
-    queries = (h if a.q_rank is None else a.q_rank) * a.heads * (a.nope_dim + a.rope_dim)
-    keys = (a.kv_rank + a.rope_dim) * h + a.kv_rank * a.heads * (a.nope_dim + a.v_dim)
-    attention = latent + queries + keys + a.heads * a.v_dim * h
-
-    def block(layer: int) -> int:
-        if not config.is_moe(layer):
-            return attention + 3 * h * config.ffn
-        return attention + 3 * h * moe.ffn * (moe.top_k + moe.shared_experts) + moe.experts * h
-
-    head = config.vocab_size * h
-    return [block(layer) for layer in range(config.num_layers)], head + config.mtp.depth * (
-        head + 2 * h * h + block(config.num_layers)
-    )
+    parts = count(config)
+    layers = [count_layer(config, layer).multiplied for layer in range(config.num_layers)]
+    return layers, parts.head.multiplied + parts.mtp.multiplied
 
 
 def _balance(costs: list[int], end: int, stages: int) -> list[int]:
