@@ -7,8 +7,8 @@ from configs.schema import TrainConfig
 from parallel.pipeline.action import Schedule
 from parallel.pipeline.plan import divide_model, schedule_of, splits_backward
 from parallel.pipeline.stages import Pipeline
-from training.ramp import count_microbatches, schedule_batches
-from training.support import check_compile, explain_step
+from training.ramp import count_microbatches
+from training.support import check_compile, try_batches
 
 
 def take_schedule(config: TrainConfig, replicas: int) -> Schedule:
@@ -22,12 +22,7 @@ def arrange_stages(config: TrainConfig, replicas: int) -> Pipeline:
     Raises ValueError for a number of micro-batches that the schedule cannot take, naming the step, for layers that do
     not make its stages, and for a file that is no schedule or cannot train.
     """
-    levels = schedule_batches(config.run, config.data.sequence_length).levels
-    for level in levels:
-        try:
-            schedule_of(config.parallel, count_microbatches(level.batch, config.run.micro_batch, replicas))
-        except ValueError as error:
-            raise ValueError(explain_step(level.step, level.batch, len(levels), error)) from None
+    try_batches(config.run, config.data.sequence_length, replicas, lambda count: schedule_of(config.parallel, count))
     schedule = take_schedule(config, replicas)
     check_compile(config.run.compile, f"the schedule {schedule.name}", splits_backward(config.parallel))
     return divide_model(config.parallel, config.model, schedule)

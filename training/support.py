@@ -1,5 +1,6 @@
 """What engines and schedules cannot do, refused by name before anything is built. Standard library only."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from model.config import Recompute
@@ -42,18 +43,18 @@ def check_microbatches(parallel: ParallelConfig, run: RunSection, sequence_lengt
     p = parallel.pipeline
     if p.file is not None:
         return
+    try_batches(run, sequence_length, replicas, lambda count: check_schedule(p.schedule, parallel.pp, count, p.virtual))
+
+
+def try_batches(run: RunSection, sequence_length: int, replicas: int, take: Callable[[int], object]) -> None:
+    """Calls ``take`` with the micro-batches of every batch of a run; its ValueError then names the first step."""
     levels = schedule_batches(run, sequence_length).levels
     for level in levels:
         try:
-            count = count_microbatches(level.batch, run.micro_batch, replicas)
-            check_schedule(p.schedule, parallel.pp, count, p.virtual)
+            take(count_microbatches(level.batch, run.micro_batch, replicas))
         except ValueError as error:
-            raise ValueError(explain_step(level.step, level.batch, len(levels), error)) from None
-
-
-def explain_step(step: int, batch: int, sizes: int, error: ValueError) -> str:
-    """What is wrong with a batch, and from which step on where a run has several ``sizes`` of them."""
-    return f"{error}; so in step {step}, whose batch is {batch} by run.ramp" if sizes > 1 else str(error)
+            where = f"; so in step {level.step}, whose batch is {level.batch} by run.ramp" if len(levels) > 1 else ""
+            raise ValueError(f"{error}{where}") from None
 
 
 def check_compile(choice: Compile, schedule: str, splits: bool) -> None:

@@ -12,6 +12,7 @@ from parallel.config import ParallelConfig
 from parallel.pipeline import text
 from parallel.pipeline.action import Op, Schedule, parts
 from parallel.pipeline.lower import Program, lower
+from parallel.pipeline.prove import prove
 from parallel.pipeline.schedules import SCHEDULES, evaluate, generate
 from parallel.pipeline.stages import Pipeline, divide
 from parallel.pipeline.validate import validate
@@ -20,21 +21,27 @@ from parallel.pipeline.validate import validate
 @cache
 def make_schedule(name: str, file: str | None, ranks: int, microbatches: int, virtual: int) -> Schedule:
     """A valid schedule. Raises ValueError for numbers that its rule forbids, and for a file that does not fit them."""
-    if file is None:
-        schedule = generate(name, ranks, microbatches, virtual)
-    else:
-        try:
-            schedule = text.load(Path(file))
-        except ValueError as error:  # begins with the path
-            raise ValueError(f"parallel.pipeline.file={error}") from None
-        if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
-            raise ValueError(
-                f"parallel.pipeline.file={file} is for {schedule.ranks} ranks and {schedule.microbatches} "
-                f"micro-batches, the run has parallel.pp={ranks} and {microbatches}: change run.micro_batch, "
-                "run.global_batch or parallel.pp"
-            )
-        if not _has(schedule, Op.B, Op.I):
-            raise ValueError(f"parallel.pipeline.file={file} has no backward: it evaluates, and cannot train")
+    if file is not None:
+        return _load(file, ranks, microbatches)
+    schedule = generate(name, ranks, microbatches, virtual)
+    validate(schedule)
+    return schedule
+
+
+def _load(file: str, ranks: int, microbatches: int) -> Schedule:
+    """A schedule of one's own, valid and for these numbers."""
+    try:
+        schedule = text.load(Path(file))
+    except ValueError as error:  # begins with the path
+        raise ValueError(f"parallel.pipeline.file={error}") from None
+    if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
+        raise ValueError(
+            f"parallel.pipeline.file={file} is for {schedule.ranks} ranks and {schedule.microbatches} "
+            f"micro-batches, the run has parallel.pp={ranks} and {microbatches}: change run.micro_batch, "
+            "run.global_batch or parallel.pp"
+        )
+    if not _has(schedule, Op.B, Op.I):
+        raise ValueError(f"parallel.pipeline.file={file} has no backward: it evaluates, and cannot train")
     try:
         validate(schedule)
     except ValueError as error:
@@ -56,7 +63,14 @@ def program(parallel: ParallelConfig, microbatches: int) -> Program:
 
 @cache
 def _make_program(name: str, file: str | None, ranks: int, microbatches: int, virtual: int) -> Program:
-    return lower(make_schedule(name, file, ranks, microbatches, virtual))
+    return _lower(make_schedule(name, file, ranks, microbatches, virtual))
+
+
+def _lower(schedule: Schedule) -> Program:
+    """Programs that are known to end before anybody runs them."""
+    lowered = lower(schedule)
+    prove(lowered)
+    return lowered
 
 
 def divide_model(parallel: ParallelConfig, model: ModelConfig, schedule: Schedule) -> Pipeline:
@@ -76,7 +90,7 @@ def divide_model(parallel: ParallelConfig, model: ModelConfig, schedule: Schedul
 @cache
 def evaluation(pipeline: Pipeline, microbatches: int) -> Program:
     """Forwards alone, over the same stages."""
-    return lower(evaluate(pipeline.stage_map, microbatches))
+    return _lower(evaluate(pipeline.stage_map, microbatches))
 
 
 def splits_backward(parallel: ParallelConfig) -> bool:
