@@ -26,8 +26,8 @@ def prove_on_rank(rank: int, world: int, case: Case) -> Report:
     return prove(case, Mesh(case.topology, torch.device("cpu")))
 
 
-def check(case: Case) -> None:
-    reports = run_ranks(prove_on_rank, case.topology.world, case)
+def check(case: Case, patience: float = 60) -> None:
+    reports = run_ranks(prove_on_rank, case.topology.world, case, timeout=patience)
     assert reports[0].passed, f"{describe(case)}\n{reports[0]}"
     assert all(report == reports[0] for report in reports)
 
@@ -38,9 +38,10 @@ def test_layout_equals_the_plain_model(case: Case) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(240)  # eight ranks with as many stages each share two cores
 @pytest.mark.parametrize("case", MANY + MANY_PIPED + FOLDED, ids=describe)
 def test_layout_equals_the_plain_model_on_up_to_eight_ranks(case: Case) -> None:
-    check(case)
+    check(case, patience=220)
 
 
 def choices(case: Case) -> dict[str, Any]:
