@@ -125,7 +125,7 @@ class Unpermute(torch.autograd.Function):
         gate = rows.new_zeros(len(source)).scatter_(0, slots, gates.to(rows.dtype))
         g_rows = g.index_select(0, source)
         g_gate = (rows * g_rows).sum(-1, dtype=gates.dtype)
-        return g_rows * gate[:, None], g_gate.index_select(0, slots), None, None, None
+        return g_rows.mul_(gate[:, None]), g_gate.index_select(0, slots), None, None, None
 
 
 class Collect(torch.autograd.Function):
