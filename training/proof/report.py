@@ -12,6 +12,7 @@ is held to the limits of float64; what an engine has had a part in, losses of th
 ``ROUNDED``. Which tokens went where stays exact: a weight that is off by 1e-7 swaps no two experts of a small proof.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ LIMITS = {
     "weights": 1e-9,
 }
 ROUNDED = 1e-5
+OPTIONAL = ("selection biases",)  # a model without routers has none
 BEHIND_ENGINE = (
     "cross entropy",
     "auxiliary loss",
@@ -93,9 +95,9 @@ def allow(engine: EngineName) -> dict[str, float]:
 
 
 def summarise(found: Sequence[Difference], limits: Mapping[str, float]) -> Iterator[Row]:
-    """One row a kind, in the order of ``limits``; a model without routers has no selection biases."""
+    """One row a kind, in the order of ``limits``. A kind of which nothing was compared fails."""
     for what, limit in limits.items():
         same = [difference for difference in found if difference.what == what]
-        if same:
-            worst = max(same, key=lambda difference: difference.size)
+        if same or what not in OPTIONAL:
+            worst = max(same, key=lambda difference: difference.size, default=Difference(what, math.inf, "nothing"))
             yield Row(what, worst.size, limit, worst.where, len(same))
