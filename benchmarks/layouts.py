@@ -178,7 +178,8 @@ def work_exchange(mesh: Any, options: list[str]) -> None:
     from parallel.topology import Axis
 
     torch.manual_seed(mesh.rank)
-    tokens, experts = torch.randn(2048, 256).bfloat16(), torch.rand(2048, 16).topk(4).indices
+    hidden = int(options[0])
+    tokens, experts = torch.randn(2048, hidden).bfloat16(), torch.rand(2048, 16).topk(4).indices
     gates, exchange = torch.rand(2048, 4), ExpertExchange(16, 32, mesh)
     group, ranks = mesh.group(Axis.ep, Traffic.tokens), mesh.degree(Axis.ep)
 
@@ -187,7 +188,7 @@ def work_exchange(mesh: Any, options: list[str]) -> None:
         exchange.combine(unpermute(permute(there, layout.copies), weights, layout.copies), layout)
 
     def bare(sent: list[int], received: list[int]) -> Callable[[], None]:
-        forth, back = (torch.randn(sum(rows), 256).bfloat16() for rows in (sent, received))
+        forth, back = (torch.randn(sum(rows), hidden).bfloat16() for rows in (sent, received))
 
         def run() -> None:
             all_to_all(forth, sent, received, group).wait()
@@ -238,13 +239,13 @@ def measure_steps(rounds: int, compiled: bool) -> None:
 
 
 def measure_exchange(rounds: int) -> None:
-    for ranks in (2, 4):
-        contender = Contender("exchange", {"dp": ranks, "ep": ranks}, 1, [])
+    for ranks, hidden in ((2, 256), (4, 256), (2, 7168)):
+        contender = Contender("exchange", {"dp": ranks, "ep": ranks}, 1, [str(hidden)])
         lines = ("step", "bare", "every choice")
         taken = [[contender.step(line)[0]["seconds"] for line in lines] for _ in range(rounds + 5)][5:]
         whole, bare, every = (statistics.median(values) * 1e3 for values in zip(*taken, strict=True))
         print(
-            f"  exchange of 2048 tokens x 4 choices a rank over ep={ranks}: {whole:.1f} ms; the same rows by two bare "
+            f"  2048 tokens of {hidden} x 4 choices a rank over ep={ranks}: {whole:.1f} ms; the same rows by two bare "
             f"all-to-alls {bare:.1f} ms ({statistics.median(a / b for a, b, _ in taken):.2f}), a row for every choice "
             f"{every:.1f} ms ({statistics.median(a / b for a, _, b in taken):.2f})"
         )

@@ -107,7 +107,7 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        return _sum_copies(g, *ctx.saved_tensors), None, None, None
+        return sum_copies(g, *ctx.saved_tensors), None, None, None
 
 
 class Unpermute(torch.autograd.Function):
@@ -116,7 +116,7 @@ class Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, gates: Tensor, source: Tensor, slots: Tensor, starts: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows, gates, source, slots)
-        return _sum_copies(rows, slots, starts, gates.to(rows.dtype))
+        return sum_copies(rows, slots, starts, gates.to(rows.dtype))
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
@@ -134,14 +134,15 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, source: Tensor, slots: Tensor, starts: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(source)
-        return _sum_copies(rows, slots, starts)
+        return sum_copies(rows, slots, starts)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         return g.index_select(0, *ctx.saved_tensors), None, None, None
 
 
-def _sum_copies(rows: Tensor, slots: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+def sum_copies(rows: Tensor, slots: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``rows`` [P, H] -> [T, H], the sum over each token's copies, by ``weights`` [C] if any; ``Copies`` says where."""
     # One pass that adds in float32: on a CPU twenty times as fast as a gather, a product and a sum.
     return F.embedding_bag(slots, rows, starts, mode="sum", per_sample_weights=weights)
 

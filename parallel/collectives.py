@@ -5,6 +5,7 @@ Shapes: n ranks in the group; x [...] on each. Results never depend on timing: s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,22 +13,24 @@ from torch import Tensor
 
 from parallel.mesh import sums_itself
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(Generic[Result]):
     """A collective under way."""
 
     work: dist.Work | None
-    finish: Callable[[], Tensor]
+    finish: Callable[[], Result]
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Result:
         """The result, once it is there. To be called once."""
         if self.work is not None:
             self.work.wait()
         return self.finish()
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     """x [...] of every rank -> [n, ...]."""
     out = x.new_empty(group.size(), *x.shape)
     # Flat, because gloo wants the dims of both to agree.
@@ -35,32 +38,53 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
     return Pending(work, lambda: out)
 
 
-def sum_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+def sum_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     """x [n, ...] of every rank -> [...]: the sum over ranks of the part that is this rank's."""
     start = _exchange_and_add if sums_itself(group) else _reduce_scatter
     return start(x.contiguous(), group)
 
 
-def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Pending:
+def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Pending[Tensor]:
     """The first ``sent[0]`` rows go to rank 0 of the group, the next to rank 1 ... -> rows received, by rank."""
     out = rows.new_empty(sum(received), *rows.shape[1:])
     work = dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group, async_op=True)
     return Pending(work, lambda: out)
 
 
-def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+def all_to_all_joined(
+    parts: Sequence[Tensor],
+    source: Tensor | None,
+    sent: Sequence[int],
+    received: Sequence[int],
+    group: dist.ProcessGroup,
+) -> Pending[list[Tensor]]:
+    """``all_to_all`` of several tensors [T, width], row beside row in one message, because what short rows cost is
+    latency. Rows ``source`` [S] are sent, or all of them.
+    """
+    row = [part.contiguous().view(torch.uint8) for part in parts]
+    joined = torch.cat(row, 1)
+    pending = all_to_all(joined if source is None else joined.index_select(0, source), sent, received, group)
+
+    def cut() -> list[Tensor]:
+        pieces = pending.finish().split([part.shape[1] for part in row], 1)
+        return [piece.contiguous().view(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
+
+    return Pending(pending.work, cut)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending[Tensor]:
     """x [...] of every rank -> its sum or maximum. ``x`` is left alone."""
     out = x.clone()
     return Pending(dist.all_reduce(out, op, group, async_op=True), lambda: out)
 
 
-def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     out = torch.empty_like(x[0])
     work = dist.reduce_scatter_single(out.view(-1), x.view(-1), dist.ReduceOp.SUM, group, async_op=True)
     return Pending(work, lambda: out)
 
 
-def _exchange_and_add(x: Tensor, group: dist.ProcessGroup) -> Pending:
+def _exchange_and_add(x: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     # Narrow dtypes are added in float32 and rounded once, which a reduction on the way could not do.
     out = torch.empty_like(x)
     return Pending(dist.all_to_all_single(out, x, group=group, async_op=True), lambda: out.sum(0))

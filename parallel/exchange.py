@@ -5,58 +5,77 @@
         -- all-to-all back --> the copies of a token are summed
 
 A token travels once to each rank, however many of its experts are there, and what they made of it comes back as one
-row. Its choices there travel beside it: which experts, and their gates. All that moves rows is gathers, and so are
-their gradients. No token is dropped: what a rank receives is as much as was sent, be it nothing. Within an expert, rows
-keep the order of ranks and tokens.
+row. With it, in the same message, go its choices and their gates: all of them, of which the rank takes its own. All
+that moves rows is gathers, and so are their gradients. No token is dropped: what a rank receives is as much as was
+sent, be it nothing. Within an expert, rows keep the order of ranks and tokens.
 
 Which rank holds an expert is a placement, one a layer: slot ``places[e]`` of E, of which every rank has E / n in a row.
 Routing, gates, biases and loads speak of experts; only what travels speaks of slots.
 
-Shapes: T tokens of this rank, K choices, E experts in all, n ranks, S rows sent, R rows received, C choices received.
+Shapes: T tokens of this rank, K choices, E experts in all, n ranks, S rows sent, R rows received.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.block import Block
-from model.exchange import Arrived, Copies, Home, Layout, collect, lay_out, permute
-from parallel.collectives import all_to_all
+from model.exchange import Arrived, Copies, Home, Layout, collect, lay_out, sum_copies
+from parallel.collectives import all_to_all, all_to_all_joined
 from parallel.locality import count, look
 from parallel.mesh import Mesh, Traffic
 from parallel.topology import Axis
 
 
-class Splits(NamedTuple):
-    """How many go to each rank, and come from each."""
+class Way(NamedTuple):
+    """How many rows go to each rank of a group, and come from each."""
 
     sent: list[int]
     received: list[int]
+    group: dist.ProcessGroup
+
+    def back(self) -> "Way":
+        """The other way round."""
+        return Way(self.received, self.sent, self.group)
 
 
 class Sending(NamedTuple):
-    """What leaves this rank, sorted by the rank it goes to."""
+    """What leaves this rank."""
 
-    touched: Tensor  # [T, n] int64, 1 where a token has experts on a rank
-    copies: Copies  # of this rank's tokens, among the rows sent
+    touched: Tensor  # [n, T] int64, 1 where a token has experts on a rank
     counts: Tensor  # [n, 2] int64, rows and choices for each rank
-    order: Tensor  # [T K] int64, the choices in the order in which they leave
-    codes: Tensor  # [T K] int64, of each: its row among those for its rank, times the slots of a rank, plus its slot
 
 
-class AllToAll(torch.autograd.Function):
-    """Rows to the ranks they belong to; their gradients back."""
+class Dispatch(torch.autograd.Function):
+    """Copies of tokens [T, H] with their gates and slots [T, K] to the ranks of ``copies``; gradients back, summed."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, splits: Splits, group):  # type: ignore[no-untyped-def]
-        ctx.splits, ctx.group = splits, group
-        return all_to_all(rows, splits.sent, splits.received, group).wait()
+    def forward(ctx, tokens: Tensor, gates: Tensor, slots: Tensor, copies: Copies, way: Way):  # type: ignore[no-untyped-def]
+        ctx.copies, ctx.way = copies, way
+        received = all_to_all_joined((tokens, gates, slots), copies.source, *way).wait()
+        ctx.mark_non_differentiable(received[-1])
+        return tuple(received)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):  # type: ignore[no-untyped-def]
+        returned = all_to_all_joined(gradients[:2], None, *ctx.way.back()).wait()
+        return *(sum_copies(g, ctx.copies.slots, ctx.copies.starts) for g in returned), None, None, None
+
+
+class Return(torch.autograd.Function):
+    """Rows to the ranks that their tokens came from; their gradients back."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, way: Way):  # type: ignore[no-untyped-def]
+        ctx.way = way
+        return all_to_all(rows, *way).wait()
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        return all_to_all(g, ctx.splits.received, ctx.splits.sent, ctx.group).wait(), None, None
+        return all_to_all(g, *ctx.way.back()).wait(), None
 
 
 class ExpertExchange:
@@ -71,54 +90,57 @@ class ExpertExchange:
         self._tokens, self._counts = mesh.group(Axis.ep, Traffic.tokens), mesh.group(Axis.ep, Traffic.counts)
 
     def dispatch(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Arrived:
-        sending = sort(self.places.index_select(0, experts.flatten()).view_as(experts), self.experts, self.ranks)
-        self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
+        slots = self.places.index_select(0, experts.flatten()).view_as(experts)
+        sending = address(slots, self.experts, self.ranks)
         even = [1] * self.ranks
-        received = all_to_all(sending.counts, even, even, self._counts).wait()  # [n, 2]
-        sizes = torch.stack((sending.counts, received)).permute(2, 0, 1).cpu()  # [2, 2, n]
-        rows, choices = (Splits(*splits) for splits in sizes.tolist())
-        codes = all_to_all(sending.codes, choices.sent, choices.received, self._counts).wait()
-        layout = self._lay_out(codes, received, sum(rows.received))._replace(home=Home(sending.copies, sizes[0]))
-        leaving = gates.flatten().index_select(0, sending.order)
-        return Arrived(
-            AllToAll.apply(permute(tokens, sending.copies), rows, self._tokens),
-            AllToAll.apply(leaving, choices, self._counts),
-            layout,
-        )
+        pending = all_to_all(sending.counts, even, even, self._counts)
+        self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
+        sizes = torch.stack((sending.counts, pending.wait())).permute(2, 0, 1).cpu()  # [2, 2, n], of rows and choices
+        (sent, received), (_, choices) = sizes.tolist()
+        copies = copy_out(sending.touched, sum(sent))
+        way = Way(sent, received, self._tokens)
+        there, their_gates, their_slots = Dispatch.apply(tokens, gates, slots.int(), copies, way)
+        mine, layout = self._lay_out(their_slots, sum(choices))
+        home = Home(copies, sizes[0])
+        return Arrived(there, their_gates.flatten().index_select(0, mine), layout._replace(home=home))
 
     def combine(self, mixed: Tensor, layout: Layout) -> Tensor:
         home = layout.home
         assert home is not None
         sent, received = home.splits.tolist()
-        return collect(AllToAll.apply(mixed, Splits(received, sent), self._tokens), home.copies)
+        return collect(Return.apply(mixed, Way(received, sent, self._tokens)), home.copies)
 
     def take_travelled(self) -> Tensor:
         """What has been moved since this was last asked: [4], see ``parallel.locality.Travel``."""
         travelled, self._travelled = self._travelled, torch.zeros_like(self._travelled)
         return travelled
 
-    def _lay_out(self, codes: Tensor, received: Tensor, rows: int) -> Layout:
-        """``codes`` [C] of the choices received and counts [n, 2] from each rank, ``rows`` in all -> their layout."""
+    def _lay_out(self, slots: Tensor, choices: int) -> tuple[Tensor, Layout]:
+        """``slots`` [R, K] of tokens that have arrived -> the choices among them for here, [C], and a layout."""
+        rows, k = slots.shape
         local = self.experts // self.ranks
-        first = (received[:, 0].cumsum(0) - received[:, 0]).repeat_interleave(received[:, 1], output_size=len(codes))
-        return lay_out(codes % local, first + codes // local, rows, local, self.pad)
+        mine = (slots // local == self._view.place).flatten().nonzero_static(size=choices).squeeze(1)
+        held = slots.flatten().index_select(0, mine).long() % local
+        return mine, lay_out(held, mine // k, rows, local, self.pad)
 
 
-def sort(slots: Tensor, experts: int, ranks: int) -> Sending:
-    """``slots`` [T, K] of tokens, of ``experts`` in all -> what goes to each of ``ranks``, in the order of tokens."""
-    local = experts // ranks
-    rank = slots // local  # [T, K]
-    touched = torch.zeros(len(slots), ranks, dtype=torch.int64, device=slots.device).scatter_(1, rank, 1)
-    by_rank = touched.t().flatten().cumsum(0).view(ranks, -1).t() - touched  # [T, n], where a token's copy is sent
-    owners, where = touched.nonzero(as_tuple=True)
-    slot = by_rank[owners, where]
-    each = touched.sum(1)
-    copies = Copies(torch.empty_like(slot).scatter_(0, slot, owners), slot, each.cumsum(0) - each)
-    rows, flat = touched.sum(0), rank.flatten()
-    choices = torch.zeros_like(rows).scatter_add_(0, flat, torch.ones_like(flat))
-    order = flat.argsort(stable=True)
-    codes = (by_rank.gather(1, rank) - (rows.cumsum(0) - rows)[rank]) * local + slots % local
-    return Sending(touched, copies, torch.stack((rows, choices), 1), order, codes.flatten().index_select(0, order))
+def address(slots: Tensor, experts: int, ranks: int) -> Sending:
+    """``slots`` [T, K] of tokens, of ``experts`` in all -> what goes to each of ``ranks``."""
+    rank = slots // (experts // ranks)  # [T, K]
+    touched = torch.zeros(ranks, len(slots), dtype=torch.int64, device=slots.device).scatter_(0, rank.t(), 1)
+    choices = touched.new_zeros(ranks).scatter_add_(0, rank.flatten(), torch.ones_like(rank).flatten())
+    return Sending(touched, torch.stack((touched.sum(1), choices), 1))
+
+
+def copy_out(touched: Tensor, rows: int) -> Copies:
+    """``touched`` [n, T], ``rows`` in all -> the rows that leave, rank by rank, each rank's in the order of tokens."""
+    ranks, held = touched.shape
+    by_token = touched.t().flatten()
+    places = (touched.flatten().cumsum(0) - 1).view(ranks, held).t().flatten()  # [T n], where a copy is sent
+    source = touched.flatten().nonzero_static(size=rows).squeeze(1) % held
+    slots = places.index_select(0, by_token.nonzero_static(size=rows).squeeze(1))
+    each = touched.sum(0)
+    return Copies(source, slots, each.cumsum(0) - each)
 
 
 def find_exchanges(models: Iterable[nn.Module]) -> dict[str, ExpertExchange]:

@@ -47,10 +47,11 @@ def look(group: Sequence[int], rank: int, ranks_per_node: int, device: torch.dev
 
 
 def count(touched: Tensor, view: View, row_bytes: int) -> Tensor:
-    """``touched`` [T, n], 1 where a token has experts on a member of the group -> the four numbers of ``Travel``."""
-    entered = touched.new_zeros(len(touched), view.nodes).index_add_(1, view.node, touched) > 0  # [T, N]
-    rows = touched.sum(0)
+    """``touched`` [n, T], 1 where a token has experts on a member of the group -> the four numbers of ``Travel``."""
+    held = touched.shape[1]
+    entered = touched.new_zeros(view.nodes, held).index_add_(0, view.node, touched) > 0  # [N, T]
+    rows = touched.sum(1)
     beside = view.node == view.node[view.place]
     here, inside = rows[view.place], (rows * beside).sum()
-    tokens = touched.new_full((), len(touched))
+    tokens = touched.new_full((), held)
     return torch.stack((tokens, entered.sum(), (inside - here) * row_bytes, (rows.sum() - inside) * row_bytes))

@@ -74,7 +74,7 @@ def find_group(args: tuple[Any, ...], options: dict[str, Any]) -> dist.ProcessGr
 Call = Callable[..., Any]
 
 
-def skip(mesh: Mesh, call: Call, x: Tensor, *args: Any, **options: Any) -> Pending:
+def skip(mesh: Mesh, call: Call, x: Tensor, *args: Any, **options: Any) -> Pending[Any]:
     """Every rank goes on with what it has itself."""
     group = find_group(args, options)
     own = {
@@ -86,20 +86,33 @@ def skip(mesh: Mesh, call: Call, x: Tensor, *args: Any, **options: Any) -> Pendi
     return Pending(None, own[call.__name__])
 
 
-def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor]) -> Call:
-    """The result is altered after the fact."""
+def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor], numbers: bool = True) -> Call:
+    """The result is altered after the fact; of several tensors those of ``numbers``, or else those of indices."""
 
-    def broken(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Pending:
-        pending = call(*args, **options)
-        return Pending(pending.work, lambda: alter(pending.finish(), find_group(args, options)))
+    def broken(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Pending[Any]:
+        pending, group = call(*args, **options), find_group(args, options)
+
+        def finish() -> Any:
+            result = pending.finish()
+            if isinstance(result, Tensor):
+                return alter(result, group)
+            return [alter(part, group) if part.is_floating_point() == numbers else part for part in result]
+
+        return Pending(pending.work, finish)
 
     return broken
 
 
-def swap_splits(mesh: Mesh, call: Call, rows: Tensor, sent: Any, received: Any, group: dist.ProcessGroup) -> Pending:
+def swap_splits(mesh: Mesh, call: Call, rows: Any, *args: Any) -> Pending[Any]:
     """What came from the first rank is taken for what came from the last."""
-    pending = call(rows, sent, received, group)
-    return Pending(pending.work, lambda: torch.cat(pending.finish().split(list(received))[::-1]))
+    pending, received = call(rows, *args), list(args[-2])
+
+    def finish() -> Any:
+        result = pending.finish()
+        parts = [torch.cat(part.split(received)[::-1]) for part in ([result] if isinstance(result, Tensor) else result)]
+        return parts[0] if isinstance(result, Tensor) else parts
+
+    return Pending(pending.work, finish)
 
 
 def take_wrong_group(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Any:
@@ -242,7 +255,9 @@ KINDS: dict[str, Call] = {
     "skipped": skip,
     "doubled": change(lambda result, group: result * 2),
     "averaged": change(lambda result, group: result / group.size()),
+    "zeroed": change(lambda result, group: result * 0),
     "shuffled": change(lambda result, group: result.flip(-1)),
+    "indices shuffled": change(lambda result, group: result.flip(-1), numbers=False),
     "swapped splits": swap_splits,
     "wrong group": take_wrong_group,
     "left alone": leave,

@@ -40,8 +40,9 @@ CROSS_ENTROPY = "VocabularyCrossEntropyFunction.forward"
 GATHER, SCATTER = Site(TENSOR, "_gather", "all_gather"), Site(TENSOR, "_scatter", "sum_scatter")
 TOTAL = Site(TENSOR, "_total", "all_reduce")
 LARGEST, SUMS = Site(LOSS, CROSS_ENTROPY, "all_reduce", 0), Site(LOSS, CROSS_ENTROPY, "all_reduce", 1)
-FORTH, BACK = Site(EXCHANGE, "AllToAll.forward", "all_to_all"), Site(EXCHANGE, "AllToAll.backward", "all_to_all")
-COUNTS, CHOICES = (Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all", index) for index in range(2))
+OUT, OUT_BACK = (Site(EXCHANGE, f"Dispatch.{of}", "all_to_all_joined") for of in ("forward", "backward"))
+HOME, HOME_BACK = (Site(EXCHANGE, f"Return.{of}", "all_to_all") for of in ("forward", "backward"))
+COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
 GRADIENTS, WEIGHTS = Site(SLAB, "Slab.reduce", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
 COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
@@ -62,9 +63,11 @@ BREAKS = [
     # Any value that all ranks share is as good as the largest: it only keeps the exponentials small.
     *(Break(LARGEST, kind, ranks) for kind, ranks in (("skipped", 2), ("wrong group", 4))),
     *(Break(SUMS, kind, ranks) for kind, ranks in (("skipped", 2), ("averaged", 2), ("wrong group", 4))),
-    *(Break(FORTH, kind) for kind in ("skipped", "doubled", "swapped splits")),
-    *(Break(BACK, kind) for kind in ("skipped", "doubled", "averaged", "swapped splits")),
-    *(Break(CHOICES, kind) for kind in ("skipped", "shuffled")),
+    *(Break(OUT, kind) for kind in ("zeroed", "doubled", "swapped splits", "indices shuffled")),
+    *(Break(OUT_BACK, kind) for kind in ("zeroed", "doubled", "averaged", "swapped splits")),
+    *(Break(HOME, kind) for kind in ("skipped", "doubled", "swapped splits")),
+    *(Break(HOME_BACK, kind) for kind in ("skipped", "doubled", "averaged", "swapped splits")),
+    Break(Site(COLLECTIVES, "all_to_all_joined", "all_to_all"), "swapped splits"),
     *(Break(ADD, kind) for kind in ("received doubled", "received averaged")),
     *(Break(COPY, kind) for kind in ("received doubled", "received averaged")),
     *(Break(GRADIENTS, kind, ranks) for kind, ranks in (("never started", 2), ("wrong group", 4))),
@@ -95,7 +98,7 @@ MOVES = [  # faults of what is sent, not of the sending
     Break(Site(MOVE, "_move", "_travel"), "the other way", how="moving"),
 ]
 CONTROLS = [
-    *(Break(site, "nothing") for site in (GATHER, FORTH, COUNTS, ADD)),
+    *(Break(site, "nothing") for site in (GATHER, OUT, HOME, COUNTS, ADD)),
     *(
         Break(site, "nothing", how=how)
         for site, how in (

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.config import MoEConfig
 from model.router import choose
 from parallel.balance import permutation
-from parallel.exchange import sort
+from parallel.exchange import address
 from parallel.locality import Travel, count, look
 from parallel.topology import Axis, Topology
 
@@ -27,7 +27,7 @@ def loop(experts: Tensor, order: Tensor, group: tuple[int, ...], rank: int, rank
 
 def travel(experts: Tensor, order: Tensor, group: tuple[int, ...], rank: int, ranks_per_node: int) -> Travel:
     """What the exchange counts, with rows of one byte."""
-    sending = sort(order.argsort()[experts], len(order), len(group))
+    sending = address(order.argsort()[experts], len(order), len(group))
     return Travel(*count(sending.touched, look(group, rank, ranks_per_node), 1).tolist())
 
 
@@ -61,7 +61,7 @@ def test_the_example_of_the_file() -> None:
 
 
 def test_bytes_are_rows_times_their_size() -> None:
-    touched = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    touched = torch.tensor([[1, 0], [1, 1], [0, 1]])
     assert count(touched, look((0, 1, 2), 1, 2), 14336).tolist() == [2, 3, 14336, 14336]
 
 
