@@ -76,16 +76,20 @@ class ParallelConfig:
     def _check_pipeline(self) -> None:
         """What of a pipeline goes with which engine, and with moving experts."""
         schedule, file = self.pipeline.schedule, self.pipeline.file
-        if self.pp > 1 and self.engine is not EngineName.native:
+        if self.engine is not EngineName.native and file is not None:
             raise ValueError(
-                f"parallel.pp={self.pp} must be 1 with parallel.engine={self.engine}: only native has been proved with "
-                "pipelines"
+                f"parallel.pipeline.file={file} must be left out with parallel.engine={self.engine}: only native runs "
+                "schedules of your own"
             )
-        if self.engine is not EngineName.native and (schedule is not ScheduleName["1f1b"] or file is not None):
-            key, value = ("schedule", schedule) if file is None else ("file", file)
+        if self.engine is not EngineName.native and (reason := SCHEDULES[schedule].needs_native()):
             raise ValueError(
-                f"parallel.pipeline.{key}={value} must be left out with parallel.engine={self.engine}: only native has "
-                "been proved with schedules other than 1f1b"
+                f"parallel.pipeline.schedule={schedule} must be gpipe, 1f1b or interleaved_1f1b with "
+                f"parallel.engine={self.engine}: {reason}"
+            )
+        if self.engine is EngineName.fsdp2 and self.pp == 1 and self.pipeline.virtual > 1:
+            raise ValueError(
+                f"parallel.pipeline.virtual={self.pipeline.virtual} must be 1 with parallel.engine=fsdp2 and "
+                "parallel.pp=1: fully_shard has no parameters that two stages of a rank share"
             )
         if self.rebalance_every and file is None and SCHEDULES[schedule].placement is Route.bidirectional:
             raise ValueError(

@@ -91,6 +91,10 @@ class Mesh:
                 for split, axis in HOLDERS.items():
                     ranks = holders(Placement(split), self.topology, self.rank, across)
                     self._shared[axis, across] = self._make(ranks, axis, Traffic.data)
+                beside = self.topology.group(self.rank, Axis.pp)
+                self._shared[Axis.pp, across] = self._make(
+                    tuple(beside[rank] for rank in across), Axis.pp, Traffic.data
+                )
 
     def group(self, axis: Axis, traffic: Traffic) -> dist.ProcessGroup:
         """The group for ``traffic`` along ``axis``; the pair is one of ``GROUPS``."""
@@ -101,6 +105,10 @@ class Mesh:
         if len(shard.across) < 2:
             return self.group(shard.placement.holders, Traffic.data)
         return self._shared[shard.placement.holders, shard.across]
+
+    def beside(self, across: tuple[int, ...]) -> dist.ProcessGroup:
+        """The ranks of this one's place in the stages of pipeline ranks ``across``, which ``share`` has seen."""
+        return self._shared[Axis.pp, across]
 
     def degree(self, axis: Axis) -> int:
         """Ranks along ``axis``."""

@@ -6,7 +6,8 @@ An engine takes the parameters of the stages that this rank holds. Gradients are
 parameter, never averages: every loss comes divided by a denominator of the whole global batch.
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,28 @@ class State(NamedTuple):
 
     steps: int  # updates applied
     chunks: list[Chunk]  # of "master/<parameter>", "m/<parameter>" and "v/<parameter>"
+
+
+T = TypeVar("T")
+
+
+class Share(NamedTuple, Generic[T]):
+    """What gradients belong to: the stages of this rank that add to them, and whether other pipeline ranks do too."""
+
+    users: tuple[int, ...]
+    crosses: bool
+    of: T
+
+
+def name_parameters(stages: Mapping[int, nn.Module]) -> tuple[dict[str, nn.Parameter], dict[str, tuple[int, ...]]]:
+    """Every parameter by its name, and the stages that have it."""
+    named: dict[str, nn.Parameter] = {}
+    users: dict[str, tuple[int, ...]] = {}
+    for stage, module in sorted(stages.items()):
+        for name, parameter in module.named_parameters():
+            named[name] = parameter
+            users[name] = (*users.get(name, ()), stage)
+    return named, users
 
 
 class Engine(Protocol):
@@ -60,6 +83,34 @@ class Engine(Protocol):
 
         Raises ValueError naming what is missing, unexpected or of another shape.
         """
+
+
+class Waiting:
+    """Which gradients of a step are complete, as the stages of a rank finish.
+
+    Those of one stage with that stage, those that several of them have with the last of these, and what other pipeline
+    ranks hold too with the last stage of all: the stages of the others may finish in another order.
+    """
+
+    def __init__(self, stages: Iterable[int]) -> None:
+        self._all, self._left = frozenset(stages), set(stages)
+
+    def begin(self) -> None:
+        """A step begins: nothing is finished."""
+        self._left = set(self._all)
+
+    def finish(self, stage: int, shared: Iterable[Share[T]]) -> list[T]:
+        """``stage`` is finished. Returns what becomes complete with it."""
+        self._left.discard(stage)
+        return [
+            of
+            for users, crosses, of in shared
+            if (stage in users and not crosses and self._left.isdisjoint(users)) or (crosses and not self._left)
+        ]
+
+    def __bool__(self) -> bool:
+        """Whether stages are left."""
+        return bool(self._left)
 
 
 def differentiate(loss: Tensor, hidden: Hidden) -> None:

@@ -33,7 +33,7 @@ from parallel.placement import Shard
 from parallel.topology import Axis
 from training.chunk import Chunk, fill
 from training.config import MomentDtype, OptimizerConfig
-from training.engine import Hidden, State, Update, differentiate
+from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
 from training.optimizer import Part, match, sum_squares, update
 
 UNEVEN = 16  # rows a rank, from which on one row more or less does not matter
@@ -100,15 +100,18 @@ class Fsdp2:
         """
         self.config, self._mesh, self._stages = config, mesh, stages
         self._steps = 0  # updates applied, the t of the bias correction
-        named = {name: parameter for module in stages.values() for name, parameter in module.named_parameters()}
+        named, users = name_parameters(stages)
         undecayed = match(config.no_decay, named)
         self._owned = [
             self._own(name, parameter, shards[name], 0.0 if name in undecayed else config.weight_decay)
             for name, parameter in named.items()
         ]
+        self._shares = [Share(users[o.name], bool(o.shard.across), o) for o in self._owned]
+        self._waiting = Waiting(stages)
 
     def begin(self) -> None:
         """Forgets the gradients."""
+        self._waiting.begin()
         for owned in self._owned:
             owned.parameter.grad = None
 
@@ -126,15 +129,13 @@ class Fsdp2:
 
     @torch.no_grad()
     def finished(self, stage: int) -> None:
-        """Sums over tp what every tp rank has whole."""
-        if self._mesh.degree(Axis.tp) == 1:
-            return
-        names = {name for name, _ in self._stages[stage].named_parameters()}
-        grads = [_local_grad(o) for o in self._owned if o.name in names and o.shard.placement.axis is None]
-        joined = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(joined, group=self._mesh.group(Axis.tp, Traffic.tensor))
-        for grad, summed in zip(grads, joined.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
+        """Sums over tp what every tp rank has whole, and over pipeline ranks what several of them hold."""
+        ready = self._waiting.finish(stage, self._shares)
+        if self._mesh.degree(Axis.tp) > 1:
+            whole = [_local_grad(o) for o in ready if o.shard.placement.axis is None]
+            _sum(whole, self._mesh.group(Axis.tp, Traffic.tensor))
+        for across in sorted({o.shard.across for o in ready} - {()}):
+            _sum([_local_grad(o) for o in ready if o.shard.across == across], self._mesh.beside(across))
 
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
@@ -151,9 +152,7 @@ class Fsdp2:
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""
-        # What tp has whole is on every tp rank.
-        owned = [o for o in self._owned if o.shard.placement.axis is not None or not self._mesh.coordinate(Axis.tp)]
-        return State(self._steps, [chunk for o in owned for chunk in _chunks(o)])
+        return State(self._steps, [chunk for o in self._owned if self._is_first(o) for chunk in _chunks(o)])
 
     @torch.no_grad()
     def load(self, state: State) -> None:
@@ -174,13 +173,28 @@ class Fsdp2:
         return Owned(name, parameter, shard, dim, first, m, v, decay)
 
     def _measure_norm(self) -> float:
-        """Over all ranks, each element once: what tp has whole is on tp ranks, and each counts its share."""
-        device, tp = self._mesh.device, self._mesh.degree(Axis.tp)
-        whole = [_local_grad(o).view(-1) for o in self._owned if o.shard.placement.axis is None]
-        split = [_local_grad(o).view(-1) for o in self._owned if o.shard.placement.axis is not None]
-        total = sum_squares(whole, device) / tp + sum_squares(split, device)
+        """Over all ranks, each element once."""
+        grads = [_local_grad(o).view(-1) for o in self._owned if self._is_first(o)]
+        total = sum_squares(grads, self._mesh.device)
         dist.all_reduce(total, group=self._mesh.group(Axis.world, Traffic.control))
         return total.sqrt().item()
+
+    def _is_first(self, owned: Owned) -> bool:
+        """Whether no rank before this one has the same: tp ranks do of what tp has whole, and so may pipeline ranks."""
+        whole, across = owned.shard.placement.axis is None, owned.shard.across
+        return not (whole and self._mesh.coordinate(Axis.tp)) and self._mesh.coordinate(Axis.pp) == min(
+            across, default=self._mesh.coordinate(Axis.pp)
+        )
+
+
+def _sum(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Each becomes its sum over ``group``."""
+    if not tensors:
+        return
+    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(joined, group=group)
+    for tensor, summed in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
 
 
 def _local(parameter: Tensor) -> Tensor:

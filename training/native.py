@@ -28,7 +28,7 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
 from training.config import MomentDtype, OptimizerConfig
-from training.engine import Hidden, State, Update, differentiate
+from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
 from training.optimizer import match, sum_squares, update
 from training.slab import Entry, Slab, complete
 
@@ -46,20 +46,14 @@ class Native:
         """
         self.config, self._mesh, self._stages = config, mesh, stages
         self._steps = 0  # updates applied, the t of the bias correction
-        named: dict[str, nn.Parameter] = {}
-        users: dict[str, list[int]] = {}  # the stages that have a parameter, by its name
-        for stage, module in sorted(stages.items()):
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    named[name] = parameter
-                    users.setdefault(name, []).append(stage)
+        named, users = name_parameters(stages)
         undecayed = match(config.no_decay, named)
         alike: dict[tuple[object, ...], list[Entry]] = {}
         for name, parameter in named.items():
             shard = shards[name]
-            key = (*users[name],), name in undecayed, shard.placement.holders, shard.across, parameter.dtype
+            key = users[name], name in undecayed, shard.placement.holders, shard.across, parameter.dtype
             alike.setdefault(key, []).append(Entry(name, parameter, shard))
-        self._slabs: list[tuple[tuple[int, ...], Slab]] = []  # and the stages that they belong to
+        self._slabs: list[Share[Slab]] = []  # and the stages that they belong to
         self._places: dict[nn.Parameter, tuple[Slab, int]] = {}
         for (_, kept, *_), entries in alike.items():
             slab = Slab(
@@ -69,9 +63,9 @@ class Native:
                 config.moments is MomentDtype.bf16,
                 config.bucket_bytes,
             )
-            self._slabs.append((tuple(users[entries[0].name]), slab))
+            self._slabs.append(Share(users[entries[0].name], slab.crosses, slab))
             self._places |= {entry.parameter: (slab, place) for place, entry in enumerate(entries)}
-        self._waiting = set(stages)  # stages whose last gradient is not there yet
+        self._waiting = Waiting(stages)
         self._under_way: list[Future[None]] = []
         # On a CPU sums are waited for beside the pipeline, in a thread of their own, one after the other. Devices have
         # streams, and nobody waits for them here.
@@ -84,7 +78,7 @@ class Native:
         """Forgets the gradients: those of the next step start here."""
         for slab in self._all():
             slab.begin()
-        self._waiting = set(self._stages)
+        self._waiting.begin()
 
     def forward(self, stage: int, *args: object) -> object:
         """Calls the module of ``stage``."""
@@ -103,18 +97,8 @@ class Native:
         slab.accumulate(place, grad)
 
     def finished(self, stage: int) -> None:
-        """Starts to sum the gradients of ``stage`` over their holders. Collective over the stage's ranks.
-
-        What several pipeline ranks hold waits until the last stage of this rank is finished, because the stages of the
-        others may finish in another order.
-        """
-        self._waiting.discard(stage)
-        ready = [
-            slab
-            for of, slab in self._slabs
-            if (stage in of and not slab.crosses and self._waiting.isdisjoint(of))
-            or (slab.crosses and not self._waiting)
-        ]
+        """Starts to sum the gradients of ``stage`` over their holders. Collective over the stage's ranks."""
+        ready = self._waiting.finish(stage, self._slabs)
         if self._waiting and self._beside is not None:
             self._under_way.append(self._beside.submit(_sum, ready))
         else:
@@ -127,7 +111,7 @@ class Native:
 
         Collective over all ranks.
         """
-        assert not self._waiting, f"stages {sorted(self._waiting)} have not finished"
+        assert not self._waiting, "stages have not finished"
         assert not self._under_way
         norm = self._measure_norm()
         if not (finite and math.isfinite(norm)):
@@ -162,7 +146,7 @@ class Native:
         return sum(slab.count_bytes() for slab in self._all())
 
     def _all(self) -> list[Slab]:
-        return [slab for _, slab in self._slabs]
+        return [slab for _, _, slab in self._slabs]
 
     def _complete(self) -> None:
         for sums in self._under_way:

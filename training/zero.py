@@ -3,6 +3,7 @@
     holders     every rank of the stage      norms, routers
                 ranks of the same tp place   what tp splits
                 holders of the same experts  experts
+                and what several pipeline ranks hold: all of these
     of each, and of each dtype, one optimizer of DeepSpeed's, with weight decay and without as its two groups
 
     stage 1     gradients add up on every rank; ``finished`` sums them over the holders
@@ -33,12 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.mesh import Mesh, Traffic
+from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
 from training.config import OptimizerConfig
-from training.engine import Hidden, State, Update, differentiate
+from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
 from training.optimizer import match, sum_squares
 from training.partition import Partition, connect
 
@@ -60,22 +61,27 @@ class DeepSpeed:
         """
         self.config, self._mesh, self._stages = config, mesh, stages
         self._steps = 0  # updates applied
-        undecayed = match(
-            config.no_decay, [name for module in stages.values() for name, _ in module.named_parameters()]
-        )
+        named, users = name_parameters(stages)
+        undecayed = match(config.no_decay, named)
         connect(mesh.device)
-        self._partitions: dict[int, list[Partition]] = {}
-        for stage, module in stages.items():
-            alike: dict[Any, dict[str, nn.Parameter]] = {}
-            for name, parameter in module.named_parameters():
-                alike.setdefault((shards[name].placement.holders, parameter.dtype), {})[name] = parameter
-            self._partitions[stage] = [
-                Partition(some, shards, mesh.group(holders, Traffic.data), config, undecayed, zero)
-                for (holders, _), some in alike.items()
-            ]
+        alike: dict[Any, dict[str, nn.Parameter]] = {}
+        for name, parameter in named.items():
+            shard = shards[name]
+            alike.setdefault((users[name], shard.across, shard.placement.holders, parameter.dtype), {})[name] = (
+                parameter
+            )
+        self._partitions: list[Share[Partition]] = []
+        for (of, across, *_), some in alike.items():
+            # What several stages add to is summed when the last of them is finished.
+            level = 1 if across or len(of) > 1 else zero
+            group = mesh.holders(shards[next(iter(some))])
+            partition = Partition(some, shards, group, config, undecayed, level)
+            self._partitions.append(Share(of, bool(across), partition))
+        self._waiting = Waiting(stages)
 
     def begin(self) -> None:
         """Forgets the gradients."""
+        self._waiting.begin()
         for partition in self._all():
             partition.begin()
 
@@ -84,11 +90,12 @@ class DeepSpeed:
         return self._stages[stage](*args)
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
-        """Adds the gradients of ``loss`` to the step's; in stage 2 summed over the holders at once."""
-        for partition in self._partitions[stage]:
+        """Adds the gradients of ``loss`` and ``hidden`` to the step's; in stage 2 summed over the holders at once."""
+        partitions = [partition for users, _, partition in self._partitions if stage in users]
+        for partition in partitions:
             partition.enter_backward()
         differentiate(loss, hidden)
-        for partition in self._partitions[stage]:
+        for partition in partitions:
             partition.leave_backward()
 
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
@@ -97,8 +104,8 @@ class DeepSpeed:
 
     @torch.no_grad()
     def finished(self, stage: int) -> None:
-        """Stage 1 sums the gradients over the holders."""
-        for partition in self._partitions[stage]:
+        """Stage 1 sums the gradients over the holders. Collective over the stage's ranks."""
+        for partition in self._waiting.finish(stage, self._partitions):
             partition.reduce()
 
     @torch.no_grad()
@@ -131,4 +138,4 @@ class DeepSpeed:
             partition.publish(state.steps)
 
     def _all(self) -> list[Partition]:
-        return [partition for partitions in self._partitions.values() for partition in partitions]
+        return [partition for _, _, partition in self._partitions]

@@ -246,21 +246,28 @@ class Generator:
     even: bool = False  # ranks and micro-batches
     least: int = 0  # micro-batches for each rank
     splits: bool = False  # input gradients go ahead of weight gradients, at least now and then
+    pairs: bool = False  # a forward and a backward go on at once
 
     def stages(self, ranks: int, virtual: int) -> int:
         """Stages of the whole pipeline."""
         return ranks * {Route.loop: virtual, Route.v: 2, Route.bidirectional: 1}[self.placement]
+
+    def needs_native(self) -> str:
+        """What of it no engine does that wraps modules of its own; empty if they do all of it."""
+        if self.splits:
+            return "it puts weight gradients off, and those never reach the hooks of other engines than native"
+        return "it pairs a forward with a backward, which only native has been proved with" if self.pairs else ""
 
 
 SCHEDULES = {
     "gpipe": Generator(gpipe),
     "1f1b": Generator(one_f_one_b),
     "interleaved_1f1b": Generator(interleaved_1f1b, virtual=True),
-    "interleaved_1f1b_overlap": Generator(interleaved_1f1b_overlap, virtual=True),
+    "interleaved_1f1b_overlap": Generator(interleaved_1f1b_overlap, virtual=True, pairs=True),
     "zb_h1": Generator(zb_h1, splits=True),
     "zb_v": Generator(zb_v, Route.v, splits=True),
-    "dualpipe": Generator(dualpipe, Route.bidirectional, even=True, least=2, splits=True),
-    "dualpipev": Generator(dualpipev, Route.v, least=2, splits=True),
+    "dualpipe": Generator(dualpipe, Route.bidirectional, even=True, least=2, splits=True, pairs=True),
+    "dualpipev": Generator(dualpipev, Route.v, least=2, splits=True, pairs=True),
 }
 
 

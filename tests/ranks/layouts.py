@@ -39,7 +39,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 ONE_STAGE = {"schedule": "1f1b", "virtual": 1, "divided": "by cost", "spare": 1}  # and dense layers beside a routed one
 PIPED: dict[str, tuple[Any, ...]] = {
     **CHOICES,
-    "engine": (EngineName.native,),  # others are refused
     "accumulation": (3, 4, 5, 8),
     "schedule": tuple(SCHEDULES),
     "virtual": (1, 2, 3),
@@ -88,10 +87,12 @@ def draw_choice(
 
 
 def is_refused(choice: Choice) -> bool:
-    """fsdp2 neither recomputes nor moves experts; without expert parallelism they have nowhere to go."""
-    fsdp2 = choice["engine"] is EngineName.fsdp2
-    return (fsdp2 and choice["recompute"] is not Recompute.none) or (
-        choice["rebalance"] and (fsdp2 or choice["topology"].ep == 1)
+    """fsdp2 neither recomputes nor moves experts, takes schedules of whole backwards only, and on one rank one stage;
+    without expert parallelism experts have nowhere to go."""
+    topology, fsdp2 = choice["topology"], choice["engine"] is EngineName.fsdp2
+    wild = SCHEDULES[choice.get("schedule", "1f1b")].needs_native() or choice.get("virtual", 1) > topology.pp == 1
+    return (fsdp2 and (choice["recompute"] is not Recompute.none or wild)) or (
+        choice["rebalance"] and (fsdp2 or topology.ep == 1)
     )
 
 

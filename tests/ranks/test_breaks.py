@@ -50,10 +50,11 @@ NORM, ZERO_NORM = (
     Site("training/native.py", "Native._measure_norm", "sum_over"),
     Site("training/zero.py", "DeepSpeed.step", "sum_over"),
 )
-REPLICATED, FSDP2_NORM = (Site(FSDP2, f"Fsdp2.{of}", "dist.all_reduce") for of in ("finished", "_measure_norm"))
+REPLICATED, FSDP2_NORM = (Site(FSDP2, of, "dist.all_reduce") for of in ("_sum", "Fsdp2._measure_norm"))
 STAGES = Site("parallel/pipeline/run.py", "Interpreter._exchange", "self._start")
 BATCH = Site("parallel/pipeline/run.py", "Interpreter._start", "dist.batch_isend_irecv")  # of other backends than gloo
 PARTS, TRAVEL = Site(MOVE, "_move", "dist.all_reduce"), Site(MOVE, "_travel", "all_to_all")
+SHARED = ("fsdp2", "fsdp2 pipeline")  # what tp leaves whole, and what two stages have
 
 BREAKS = [
     *(Break(GATHER, kind, ranks) for kind, ranks in (("skipped", 2), ("doubled", 2), ("wrong group", 4))),
@@ -83,7 +84,7 @@ BREAKS = [
     *(Break(TOTALS, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
     *(Break(NORM, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
     *(Break(ZERO_NORM, kind, how="zero1") for kind in ("own alone", "counted twice")),
-    *(Break(REPLICATED, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
+    *(Break(REPLICATED, kind, how=how) for how in SHARED for kind in ("left alone", "doubled in place")),
     *(Break(FSDP2_NORM, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
     *(Break(PARTS, kind, 4, how="moving") for kind in ("left alone", "doubled in place", "wrong group")),
     *(Break(TRAVEL, kind, how="moving") for kind in ("skipped", "doubled", "swapped splits")),
@@ -105,23 +106,26 @@ CONTROLS = [
             (FSDP2_NORM, "fsdp2"),
             (ZERO_NORM, "zero1"),
             (TRAVEL, "moving"),
+            (REPLICATED, "fsdp2 pipeline"),
             (STAGES, "pipeline"),
             (BATCH, "pipeline"),
         )
     ),
     *(Break(site, "nothing", 4, how) for site, how in ((REPLICATED, "fsdp2"), (PARTS, "moving"))),
 ]
+PIPELINE = {
+    "topology": Topology(pp=2),
+    "pipeline": PipelineConfig(schedule="1f1b"),
+    "model": make_config(num_layers=3, mtp=1),
+    "accumulation": 3,
+}
 CASES: dict[str, dict[str, Any]] = {
     "native": {},
     "fsdp2": {"engine": EngineName.fsdp2},
     "zero1": {"engine": EngineName.zero1},
     "moving": {"rebalance": True, "steps": 2},
-    "pipeline": {
-        "topology": Topology(pp=2),
-        "pipeline": PipelineConfig(schedule="1f1b"),
-        "model": make_config(num_layers=3, mtp=1),
-        "accumulation": 3,
-    },
+    "pipeline": PIPELINE,
+    "fsdp2 pipeline": {**PIPELINE, "engine": EngineName.fsdp2},
 }
 # What other backends than gloo use: with equal pieces gloo can do it as well.
 PIECES = [

@@ -61,10 +61,21 @@ def test_another_schedule_is_another_class(tmp_path: Path) -> None:
     assert len({*found, proofs.identify(cases)}) == len(found) + 1
 
 
-def test_engines_of_deepspeed_are_held_to_rounding_and_what_comes_before_them_is_not() -> None:
-    """Experts folded over tp; half of the cases crowded. What is rounded, is: these engines do take the steps."""
-    case = Case(Topology(dp=2, tp=2, ep=4), make_config(num_layers=2, moe={"experts": 8, "groups": 4}), ADAM)
-    cases = {engine: replace(case, engine=engine, crowded=engine is EngineName.zero2) for engine in DEEPSPEED}
+FOLDED = Case(Topology(dp=2, tp=2, ep=4), make_config(num_layers=2, moe={"experts": 8, "groups": 4}), ADAM)
+# The embedding is of the first stage, of the last for its head, and of MTP's.
+PIPED = Case(
+    Topology(pp=2, dp=2, ep=2),
+    make_config(num_layers=5, mtp=1, tied=True),
+    ADAM,
+    pipeline=PipelineConfig(schedule="interleaved_1f1b", virtual=2),
+    accumulation=4,
+)
+
+
+@pytest.mark.parametrize("layout", [pytest.param(FOLDED, marks=pytest.mark.full), PIPED], ids=["folded", "piped"])
+def test_engines_of_deepspeed_are_held_to_rounding_and_what_comes_before_them_is_not(layout: Case) -> None:
+    """Half of the cases crowded. What is rounded, is: these engines do take the steps."""
+    cases = {engine: replace(layout, engine=engine, crowded=engine is EngineName.zero2) for engine in DEEPSPEED}
     for engine, verdict in trial.start(cases).items():
         assert verdict.passed, f"{engine}\n{verdict}"
         rows = {row.what: row for row in verdict.rows}
