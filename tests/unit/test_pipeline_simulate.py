@@ -119,6 +119,24 @@ def test_a_ticking_clock_agrees_on_every_schedule(name: str) -> None:
             assert times(schedule, cost) == tick(schedule, cost)
 
 
+def test_measured_durations_take_the_place_of_costs() -> None:
+    """The same where they are the costs; and one action that takes longer moves what comes after it, and no other."""
+    for name in SCHEDULES:
+        schedule, cost = generate(name, 4, 8), draw_cost(3)
+        plain = simulate(schedule, cost)
+        durations = (plain.ends - plain.starts).tolist()
+        again = simulate(schedule, cost, durations)
+        assert (again.starts == plain.starts).all() and (again.ends == plain.ends).all()
+        assert again.busy == pytest.approx(plain.busy) and again.spans == pytest.approx(plain.spans)
+        last = int(plain.ends.argmax())
+        durations[last] += 7
+        longer = simulate(schedule, cost, durations)
+        assert longer.makespan == plain.makespan + 7
+        assert (longer.starts == plain.starts).all()
+        rank = int(plain.table.ranks()[last])
+        assert longer.bubbles[rank] == plain.bubbles[rank]
+
+
 EVEN = [Cost(F=unit, I=unit, W=unit, B=2 * unit, FB=3 * unit) for unit in (1, 7)]
 UNEVEN = [Cost(F=4, I=4, W=w, B=4 + w, FB=fb) for w, fb in ((1, 5), (1, 9), (3, 8), (3, 13))]
 LOPSIDED = [Cost(F=3, I=5, W=2, B=7), Cost(F=5, I=2, W=2, B=4), Cost(F=9, I=8, W=7, B=15, FB=20)]
