@@ -77,7 +77,7 @@ class Interpreter:
         stop: Callable[[], bool] | None = None,
         spans: list[Span] | None = None,
     ) -> bool:
-        """Runs ``steps``; False if ``stop``, for one rank alone, said so before a forward. ``spans`` gets what ran when."""
+        """Runs ``steps``; False if ``stop``, for a lone rank, said so before a forward. ``spans`` gets what ran."""
         last, done = _find_last(steps), list[int]()
         began = perf_counter()
         for number, step in enumerate(steps):
