@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editab
 .PHONY: train test test-full check format clean
 
 train: .venv/ready
-	$(BIN)/shoestring train parallel.dp=4 parallel.ep=2
+	$(BIN)/shoestring train parallel.pp=2 parallel.dp=2 parallel.ep=2 run.micro_batch=2
 
 test: .venv/ready-test
 	$(BIN)/pytest tests
