@@ -186,7 +186,7 @@ def lose(rank: int, store: Path, options: argparse.Namespace) -> None:
             bubble = max(timeline.bubbles) / expected
             print(f"{candidate!s:<28}{expected:>10.3f}{taken:>8.3f}{lost:>7.1%}{bubble:>8.1%}", flush=True)
             runs = {"simulated": timeline.rows(range(2)), "measured": [span for spans in everyone for span in spans]}
-            write(options.out / f"{candidate.name}.json", runs)
+            write(options.out / f"{candidate.name}-{candidate.virtual}.json", runs)
     disconnect()
 
 
