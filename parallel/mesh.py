@@ -107,8 +107,9 @@ class Mesh:
         return self._shared[shard.placement.holders, shard.across]
 
     def beside(self, across: tuple[int, ...]) -> dist.ProcessGroup:
-        """The ranks of this one's place in the stages of pipeline ranks ``across``, which ``share`` has seen."""
-        return self._shared[Axis.pp, across]
+        """The ranks of this one's place in the stages of pipeline ranks ``across``. Collective over them at first."""
+        pipeline = self.topology.group(self.rank, Axis.pp)
+        return self._make(tuple(pipeline[rank] for rank in across), Axis.pp, Traffic.data)
 
     def degree(self, axis: Axis) -> int:
         """Ranks along ``axis``."""

@@ -6,9 +6,9 @@
     the rest     embedding, head, last norm, MTP's projections: one more unit
 
 Parameters are masters, in float32 or wider; a unit is cast to the compute dtype as it is gathered, and its gradients
-are summed in the masters' dtype after every backward. Parameters that tp has whole are summed over tp as well when the
-step is finished. Weight gradients that are put off never reach fully_shard's hooks: schedules that split the backward
-are for the native engine.
+are summed in the masters' dtype after every backward. What tp has whole is summed over tp as well when its stage is
+finished; what stages of several pipeline ranks have, an embedding, over those ranks with the last stage. Weight
+gradients that are put off never reach fully_shard's hooks: schedules that split the backward are for the native engine.
 
 Bytes of a rank for P elements held, Q = P / replicas (of experts: / holders): 4 Q masters + 4 Q gradients + 8 Q moments
 (4 Q in bfloat16), and one or two units gathered, each c bytes an element to compute with and 4 for its gradients. What
@@ -108,6 +108,7 @@ class Fsdp2:
         ]
         self._shares = [Share(users[o.name], bool(o.shard.across), o) for o in self._owned]
         self._waiting = Waiting(stages)
+        self._beside = {across: mesh.beside(across) for across in sorted({o.shard.across for o in self._owned} - {()})}
 
     def begin(self) -> None:
         """Forgets the gradients."""
@@ -134,8 +135,8 @@ class Fsdp2:
         if self._mesh.degree(Axis.tp) > 1:
             whole = [_local_grad(o) for o in ready if o.shard.placement.axis is None]
             _sum(whole, self._mesh.group(Axis.tp, Traffic.tensor))
-        for across in sorted({o.shard.across for o in ready} - {()}):
-            _sum([_local_grad(o) for o in ready if o.shard.across == across], self._mesh.beside(across))
+        for across, group in self._beside.items():
+            _sum([_local_grad(o) for o in ready if o.shard.across == across], group)
 
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:

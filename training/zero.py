@@ -3,11 +3,12 @@
     holders     every rank of the stage      norms, routers
                 ranks of the same tp place   what tp splits
                 holders of the same experts  experts
-                and what several pipeline ranks hold: all of these
+                the same on several stages   an embedding that stages of several pipeline ranks have
     of each, and of each dtype, one optimizer of DeepSpeed's, with weight decay and without as its two groups
 
     stage 1     gradients add up on every rank; ``finished`` sums them over the holders
-    stage 2     every backward sums its gradients over the holders as they come, and keeps the owned part
+    stage 2     every backward sums its gradients over the holders as they come, and keeps the owned part; what several
+                stages have is kept as in stage 1, because they run their backwards at other times
 
 An optimizer sees only parameters that all ranks of its group hold alike, so that the ranks fill their buckets alike,
 whatever tp cuts unevenly and wherever experts are folded over tp. DeepSpeed sums, cuts into owned pieces, steps
