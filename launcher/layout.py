@@ -89,25 +89,23 @@ def divide_layers(config: RunConfig, topology: Topology) -> "Pipeline":
 
 def list_stages(model: "ModelConfig", pipeline: "Pipeline", stages: tuple[int, ...]) -> list[str]:
     """A table of these stages of several; of many, the first and the last."""
-    from parallel.pipeline.stages import price
+    from parallel.pipeline.stages import weigh
 
     if len(pipeline.layers) == 1:
         return []
-    layers, end = price(model)
-    last = len(pipeline.layers) - 1
+    shares, last = weigh(model, pipeline.layers), len(pipeline.layers) - 1
     lines = ["", f"{'stage':>6}{'cost':>6}   {'on pp':<12}layers"]
     for stage in stages if len(stages) <= SMALL else (*stages[: SMALL // 2], stages[-1]):
         if stage == stages[-1] and len(stages) > SMALL:
             lines.append(f"{'..':>6}")
         held = pipeline.layers[stage]
         first, stop = held.start, held.stop - 1
-        share = (sum(layers[layer] for layer in held) + end * (stage == last)) / (sum(layers) + end)
         words = [f"{first}-{stop}" if stop > first else f"{first}"]
         words += ["embedding"] if stage in pipeline.stages_of("embedding.weight", model) else []
         words += ["norm, head"] if stage == last else []
         words += ["MTP"] if stage == last and model.mtp.depth else []
         where = " ".join(map(str, pipeline.stage_map.holders_of[stage]))
-        lines.append(f"{stage:>6}{share:>6.0%}   {where:<12}{', '.join(words)}")
+        lines.append(f"{stage:>6}{shares[stage]:>6.0%}   {where:<12}{', '.join(words)}")
     return lines
 
 

@@ -1,9 +1,11 @@
 """The schedule of a run as it is simulated before the first step: its picture, its text, its bubble.
 
-    runs/<id>/schedule.svg    when each pipeline rank computes what, all stages being as long
+    runs/<id>/schedule.svg    when each pipeline rank computes what
               schedule.txt    the same as lists, which parallel.pipeline.file and ``shoestring schedule file=`` read
 
-A forward costs 1, a backward 2, each of its halves 1, and messages nothing: what is seen is the schedule's own bubble.
+A forward of an average stage costs 1, a backward 2, each of its halves 1, and messages nothing; a stage takes longer or
+shorter by the weights that a token is multiplied with there. What is seen is the bubble of the schedule and of stages
+that differ.
 """
 
 from pathlib import Path
@@ -12,14 +14,18 @@ from configs.schema import TrainConfig
 from parallel.config import name_schedule
 from parallel.mesh import Axis, Mesh
 from parallel.pipeline.draw import write_svg
-from parallel.pipeline.simulate import Cost, Timeline, simulate
+from parallel.pipeline.plan import divide_model
+from parallel.pipeline.simulate import Cost, Timeline, simulate, stretch
+from parallel.pipeline.stages import weigh
 from parallel.pipeline.text import render
 from training.arrange import take_schedule
 
 
 def simulate_step(config: TrainConfig, mesh: Mesh) -> Timeline:
     """A step of the full batch."""
-    return simulate(take_schedule(config, mesh.degree(Axis.dp)), Cost())
+    schedule = take_schedule(config, mesh.degree(Axis.dp))
+    shares = weigh(config.model, divide_model(config.parallel, config.model, schedule).layers)
+    return simulate(schedule, Cost(), stretch(schedule, Cost(), [share * schedule.stages for share in shares]))
 
 
 def describe_schedule(timeline: Timeline, config: TrainConfig) -> dict[str, object]:

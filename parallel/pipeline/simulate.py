@@ -27,7 +27,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from parallel.pipeline.action import Schedule
+from parallel.pipeline.action import Compute, Op, Overlap, Schedule, parts
 from parallel.pipeline.table import I, Table, count_live, find_sources, tabulate
 from parallel.pipeline.trace import Span
 from parallel.pipeline.validate import advance
@@ -115,7 +115,8 @@ class Timeline:
 def simulate(schedule: Schedule, cost: Cost | None = None, durations: Sequence[float] | None = None) -> Timeline:
     """The timeline of a valid ``schedule``. ValueError if ranks wait in a circle, or for what nobody computes.
 
-    ``durations``: of every action and pair, rank after rank, as a run measured them; ``cost.send`` still counts.
+    ``durations``: of every action and pair, rank after rank, as a run measured them or ``stretch`` gives them;
+    ``cost.send`` still counts.
     """
     cost = cost or Cost()
     table = tabulate(schedule)
@@ -130,6 +131,23 @@ def simulate(schedule: Schedule, cost: Cost | None = None, durations: Sequence[f
         busy.append(sum(count * each for count, each in zip(counts.tolist(), costs.tolist(), strict=True)))
         spans.append(_plain(ends, end - 1) - _plain(starts, first) if end > first else 0)
     return Timeline(schedule, cost, table, starts, ends, tuple(busy), tuple(spans), tuple(count_live(table)))
+
+
+def stretch(schedule: Schedule, cost: Cost, weights: Sequence[float]) -> list[float]:
+    """The durations of actions and pairs where an action of stage s takes ``weights[s]`` times its cost.
+
+    A pair takes its cost times the mean of its sides' weights, each side counting as much as it costs alone.
+    """
+    alone = {op: float(getattr(cost, op)) for op in Op}
+
+    def last(compute: Compute) -> float:
+        sides = [(alone[action.op], weights[action.stage]) for action in parts(compute)]
+        together = sum(each for each, _ in sides)
+        if isinstance(compute, Overlap):
+            together = float(cost.pair) - alone[Op.B] + alone[compute.backward.op]
+        return together * sum(each * weight for each, weight in sides) / sum(each for each, _ in sides)
+
+    return [last(compute) for computes in schedule.lists for compute in computes]
 
 
 def _run(table: Table, kinds: np.ndarray, costs: np.ndarray, send: Number) -> tuple[np.ndarray, np.ndarray]:

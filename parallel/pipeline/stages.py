@@ -86,6 +86,13 @@ def price(config: ModelConfig) -> tuple[list[int], int]:
     return layers, parts.head.multiplied + parts.mtp.multiplied
 
 
+def weigh(config: ModelConfig, layers: Sequence[range]) -> list[float]:
+    """The share of each stage in the cost of the model, of stages that have these ``layers``."""
+    costs, end = price(config)
+    costs[-1] += end
+    return [sum(costs[layer] for layer in held) / sum(costs) for held in layers]
+
+
 def _balance(costs: list[int], end: int, stages: int) -> list[int]:
     """Layers a stage, each at least one: the dearest stage costs least, and with that the sum of squares is least."""
     costs = [*costs[:-1], costs[-1] + end]

@@ -21,7 +21,7 @@ from model.huggingface import export
 from parallel.config import ParallelConfig, PipelineConfig, ScheduleName
 from parallel.mesh import Mesh
 from parallel.pipeline.schedules import generate
-from parallel.pipeline.simulate import Cost, simulate
+from parallel.pipeline.simulate import simulate
 from parallel.pipeline.stages import whole as undivided
 from parallel.pipeline.text import parse
 from parallel.topology import Topology
@@ -127,9 +127,9 @@ def check_schedule(folder: Path, topology: Topology, schedule: str) -> None:
     if topology.pp > 1:
         written = parse((folder / "schedule.txt").read_text(), schedule)
         assert written == generate(schedule, topology.pp, start["micro_batches"])
-        assert start["bubble"] == pytest.approx(
-            max(simulate(written, Cost()).bubbles) / simulate(written, Cost()).makespan
-        )
+        # Stages differ, which makes more of a bubble, except where every rank has a copy of every stage.
+        plain = max(simulate(written).bubbles) / simulate(written).makespan
+        assert start["bubble"] == pytest.approx(plain) if schedule == "dualpipe" else plain < start["bubble"] < 1
         assert f"{written.stages} stages" in (folder / "schedule.svg").read_text()
     else:
         assert start["bubble"] == 0

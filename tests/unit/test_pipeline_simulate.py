@@ -8,7 +8,8 @@ import pytest
 
 from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule, parts
 from parallel.pipeline.schedules import SCHEDULES, generate
-from parallel.pipeline.simulate import Cost, simulate
+from parallel.pipeline.simulate import Cost, simulate, stretch
+from parallel.pipeline.text import parse
 
 F, B, I, W = Op
 NAMES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_1f1b_overlap", "zb_h1", "zb_v", "dualpipe", "dualpipev")
@@ -135,6 +136,27 @@ def test_measured_durations_take_the_place_of_costs() -> None:
         assert (longer.starts == plain.starts).all()
         rank = int(plain.table.ranks()[last])
         assert longer.bubbles[rank] == plain.bubbles[rank]
+
+
+def test_stages_of_different_weight() -> None:
+    """0F 2, 1F 8 twice, 1B 16, 0B 4: the second rank is never without work between its first and its last."""
+    schedule = parse("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1", "mine")
+    timeline = simulate(schedule, durations=stretch(schedule, Cost(F=2, B=4), [1.0, 4.0]))
+    assert timeline.starts.tolist() == [0, 2, 26, 50, 2, 10, 26, 34]
+    assert timeline.makespan == 54 and timeline.busy == (12, 48) and timeline.bubbles == (42, 6)
+    for name in SCHEDULES:
+        schedule, cost = generate(name, 4, 8), draw_cost(5)
+        plain = simulate(schedule, cost)
+        even = simulate(schedule, cost, stretch(schedule, cost, [1.0] * schedule.stages))
+        assert even.ends.tolist() == pytest.approx(plain.ends.tolist())
+
+
+def test_a_pair_weighs_as_its_sides_do() -> None:
+    pair = Schedule("pair", 1, 2, 1, ((Action(F, 0, 0), Overlap(Action(F, 0, 1), Action(B, 0, 0)), Action(B, 0, 1)),))
+    assert stretch(pair, Cost(F=1, B=3, FB=2 + 1), [2.0]) == [2, 6, 6]
+    two = Schedule("two", 1, 1, 2, ((Overlap(Action(F, 0, 0), Action(I, 1, 0)),),))
+    # F and I cost 1 and 1, the pair 3 - 2 + 1 = 2: times the mean of 1 and 3.
+    assert stretch(two, Cost(F=1, B=2, I=1, W=1, FB=3), [1.0, 3.0]) == [4]
 
 
 EVEN = [Cost(F=unit, I=unit, W=unit, B=2 * unit, FB=3 * unit) for unit in (1, 7)]
