@@ -86,7 +86,8 @@ def _receive(rank: int, channel: Connection) -> Answer:
     try:
         return pickle.loads(channel.recv_bytes())  # noqa: S301 (a rank of ours wrote it)
     except EOFError:
-        return Answer(rank, time.monotonic(), None, "ended without an answer\n")
+        # Before any other failure: it ended some time ago, and what others say may have come of that.
+        return Answer(rank, 0.0, None, "ended without an answer\n")
 
 
 def _explain(
