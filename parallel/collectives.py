@@ -67,7 +67,9 @@ def all_to_all_joined(
 
     def cut() -> list[Tensor]:
         pieces = pending.finish().split([part.shape[1] for part in row], 1)
-        return [piece.contiguous().view(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
+        # Copies: of a single row a piece is contiguous where it is, at an offset that its dtype may not have.
+        apart = [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
+        return [piece.view(part.dtype) for piece, part in zip(apart, parts, strict=True)]
 
     return Pending(pending.work, cut)
 
