@@ -1,7 +1,7 @@
 """Layouts against one process with the same cores: tokens/s of a training step, the exchange alone, memory as ep grows.
 
     python benchmarks/layouts.py                    two ranks of one thread against one process of two
-    python benchmarks/layouts.py --compiled
+    python benchmarks/layouts.py step --compiled --sequences 8
     python benchmarks/layouts.py exchange memory
 
 Steps: preset small in BF16, 32 sequences of 256 tokens a step, by accumulation; every contender keeps its processes,
@@ -30,7 +30,7 @@ STEP = {
     "tp=2": {"tp": 2},
 }
 MEMORY = {f"ep={ep}": {"dp": 8, "ep": ep} for ep in (1, 2, 4, 8)}
-SEQUENCES, LENGTH, MICRO = 32, 256, 8
+LENGTH, MICRO = 256, 8
 
 
 def connect(rank: int, layout: dict[str, int], store: str) -> Any:
@@ -152,7 +152,7 @@ COLLECTIVES = ("all_gather", "sum_scatter", "all_to_all", "all_reduce")
 def work_step(mesh: Any, options: list[str]) -> None:
     """A worker of a step: ``step`` takes one, ``bare`` repeats its collectives alone."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = build_step(mesh, "compiled" in options, SEQUENCES if "memory" not in options else 16)
+    step = build_step(mesh, "compiled" in options, int(options[0]))
     calls: list[Callable[[], Any]] = []
     for line in sys.stdin:
         if line.strip() == "bare" and not calls:
@@ -216,8 +216,8 @@ def report(**figures: float) -> None:
 WORK = {"step": work_step, "exchange": work_exchange}
 
 
-def measure_steps(rounds: int, compiled: bool) -> None:
-    options = ["compiled"] if compiled else []
+def measure_steps(rounds: int, compiled: bool, sequences: int) -> None:
+    options = [str(sequences), *(["compiled"] if compiled else [])]
     contenders = {name: Contender("step", layout, 1 if layout else 2, options) for name, layout in STEP.items()}
     seconds: dict[str, list[float]] = {name: [] for name in [*STEP, "bare tp=2"]}
     for number in range(rounds + 3):
@@ -229,7 +229,7 @@ def measure_steps(rounds: int, compiled: bool) -> None:
                 if bare is not None:
                     seconds["bare tp=2"].append(bare)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    one, bare, tokens = medians["one process"], medians["bare tp=2"], SEQUENCES * LENGTH
+    one, bare, tokens = medians["one process"], medians["bare tp=2"], sequences * LENGTH
     print(f"\n{'compiled' if compiled else 'eager'}, {tokens} tokens a step, median of {rounds} interleaved rounds")
     for name in STEP:
         print(f"  {name:12s} {tokens / medians[name]:7.0f} tokens/s  {one / medians[name]:5.2f} of one process")
@@ -255,7 +255,7 @@ def measure_exchange(rounds: int) -> None:
 def measure_memory() -> None:
     print("  memory above start, per rank of dp=8, 16 sequences a step")
     for name, layout in MEMORY.items():
-        contender = Contender("step", layout, 1, ["memory"])
+        contender = Contender("step", layout, 1, ["16"])
         contender.step()
         worst = max(answer["memory"] for answer in contender.step())
         print(f"  {name:5s} {worst:.2f} GiB")
@@ -266,10 +266,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["step", "exchange", "memory"])
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--sequences", type=int, default=32, help="of 256 tokens a step")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     if "step" in options.what:
-        measure_steps(options.rounds, options.compiled)
+        measure_steps(options.rounds, options.compiled, options.sequences)
     if "exchange" in options.what:
         measure_exchange(20 * options.rounds)
     if "memory" in options.what:
