@@ -167,8 +167,8 @@ def test_engines_start_alike_in_bfloat16(kind: EngineName) -> None:
 
 FSDP2 = [
     (Topology(dp=2), "one depth more", CLIPPED),
-    (Topology(tp=2), "tied, no compression", CLIPPED),
-    (Topology(dp=3), "tied, no compression", FREE),
+    pytest.param(Topology(tp=2), "tied, no compression", CLIPPED, marks=pytest.mark.full),
+    pytest.param(Topology(dp=3), "tied, no compression", FREE, marks=pytest.mark.full),
     (Topology(dp=2, tp=2, ep=4), "one depth more", CLIPPED),
 ]
 
@@ -187,6 +187,7 @@ def test_fsdp2_equals_native_on_more_layouts(topology: Topology, model: str) -> 
     check([(EngineName.fsdp2, topology, model, torch.float64, CLIPPED)], masters=1e-9, norms=1e-10)
 
 
+@pytest.mark.full
 def test_deepspeed_equals_native() -> None:
     folded = Topology(dp=2, tp=2, ep=4)
     cases = [

@@ -7,7 +7,8 @@ import pytest
 from configs.schema import TrainConfig
 from launcher.compose import Composer
 from model.config import AttentionConfig, ModelConfig, MoEConfig
-from parallel.config import EngineName, ParallelConfig
+from parallel.config import EngineName, ParallelConfig, PipelineConfig, ScheduleName
+from parallel.pipeline.schedules import SCHEDULES
 from parallel.rules import check, check_model
 from parallel.topology import Topology, arrange
 from training.ramp import batch_sizes, schedule_batches
@@ -127,11 +128,16 @@ def test_axes_that_are_not_there_are_refused_by_name() -> None:
         ParallelConfig(cp=2)
 
 
-@pytest.mark.parametrize("engine", [engine for engine in EngineName if engine is not EngineName.native])
-def test_engines_without_pipelines_are_refused_by_name(engine: EngineName) -> None:
-    with pytest.raises(ValueError, match=rf"^parallel\.pp=2 must be 1 with parallel\.engine={engine}: only native"):
-        ParallelConfig(pp=2, engine=engine)
-    assert ParallelConfig(pp=2).pp == 2
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("engine", EngineName)
+def test_engines_take_schedules_of_whole_backwards(engine: EngineName, name: str) -> None:
+    pipeline = PipelineConfig(schedule=ScheduleName(name))
+    if engine is EngineName.native or name in ("gpipe", "1f1b", "interleaved_1f1b"):
+        assert ParallelConfig(pp=2, engine=engine, pipeline=pipeline).pp == 2
+    else:
+        refused = rf"^parallel\.pipeline\.schedule={name} must be gpipe, 1f1b or interleaved_1f1b with .*={engine}"
+        with pytest.raises(ValueError, match=refused):
+            ParallelConfig(pp=2, engine=engine, pipeline=pipeline)
 
 
 def test_the_engine_is_named() -> None:
