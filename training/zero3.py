@@ -93,7 +93,9 @@ class Zero3:
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
         """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite."""
-        norm = sum_over(sum_squares([self._gradient], self._mesh.device), self._mesh).sqrt().item()
+        # A parameter at a time, as the other engines: fewer elements are added in float32.
+        grads = [grad for some in self._zero.averaged_gradients.values() for grad in some]
+        norm = sum_over(sum_squares(grads, self._mesh.device), self._mesh).sqrt().item()
         if not (finite and math.isfinite(norm)):
             return Update(norm, 1.0, False)
         factor = self.config.clip / norm if 0 < self.config.clip < norm else 1.0

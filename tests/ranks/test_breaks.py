@@ -17,6 +17,8 @@ from sites import UNSEEN, Site, find_sites, find_unseen
 from small_models import make_config
 from small_runs import write_text
 from spawn import RankError, run_ranks
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from parallel import collectives, reduce
@@ -46,9 +48,10 @@ COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
 GRADIENTS, WEIGHTS = Site(SLAB, "Slab.reduce", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
 COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
-NORM, ZERO_NORM = (
+NORM, ZERO_NORM, ZERO3_NORM = (
     Site("training/native.py", "Native._measure_norm", "sum_over"),
     Site("training/zero.py", "DeepSpeed.step", "sum_over"),
+    Site("training/zero3.py", "Zero3.step", "sum_over"),
 )
 REPLICATED, FSDP2_NORM = (Site(FSDP2, of, "dist.all_reduce") for of in ("_sum", "Fsdp2._measure_norm"))
 STAGES = Site("parallel/pipeline/run.py", "Interpreter._exchange", "self._start")
@@ -83,7 +86,11 @@ BREAKS = [
     *(Break(COUNT, kind, ranks) for kind, ranks in (("own alone", 4), ("counted twice", 2), ("wrong axis", 2))),
     *(Break(TOTALS, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
     *(Break(NORM, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
-    *(Break(ZERO_NORM, kind, how="zero1") for kind in ("own alone", "counted twice")),
+    *(
+        Break(site, kind, how=how)
+        for site, how in ((ZERO_NORM, "zero1"), (ZERO3_NORM, "zero3"))
+        for kind in ("own alone", "counted twice")
+    ),
     *(Break(REPLICATED, kind, how=how) for how in SHARED for kind in ("left alone", "doubled in place")),
     *(Break(FSDP2_NORM, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
     *(Break(PARTS, kind, 4, how="moving") for kind in ("left alone", "doubled in place", "wrong group")),
@@ -105,6 +112,7 @@ CONTROLS = [
         for site, how in (
             (FSDP2_NORM, "fsdp2"),
             (ZERO_NORM, "zero1"),
+            (ZERO3_NORM, "zero3"),
             (TRAVEL, "moving"),
             (REPLICATED, "fsdp2 pipeline"),
             (STAGES, "pipeline"),
@@ -119,10 +127,13 @@ PIPELINE = {
     "model": make_config(num_layers=3, mtp=1),
     "accumulation": 3,
 }
+ZERO3 = {"engine": EngineName.zero3, "topology": Topology(dp=2)}
 CASES: dict[str, dict[str, Any]] = {
     "native": {},
     "fsdp2": {"engine": EngineName.fsdp2},
     "zero1": {"engine": EngineName.zero1},
+    "zero3": ZERO3,
+    "zero3 gathers": ZERO3,
     "moving": {"rebalance": True, "steps": 2},
     "pipeline": PIPELINE,
     "fsdp2 pipeline": {**PIPELINE, "engine": EngineName.fsdp2},
@@ -201,19 +212,49 @@ def average_partitions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stage_1_and_2, "DeepSpeedZeroOptimizer", lambda *a, **options: summing(*a, **{**options, **told}))
 
 
+def leave_means(patch: pytest.MonkeyPatch) -> None:
+    """What DeepSpeed's ZeRO-3 has averaged is taken for the sum."""
+    from training.zero3 import Zero3
+
+    patch.setattr(Zero3, "finished", lambda self, stage: None)
+
+
+def lose_the_others_weights(patch: pytest.MonkeyPatch) -> None:
+    """What ZeRO-3 gathers before it is used does not arrive: what other ranks have of it is zero."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    def gather(own: Tensor, everyone: Tensor, group: ProcessGroup) -> Any:
+        handle = whole(own, everyone, group)
+        handle.wait()
+        for rank, part in enumerate(everyone.chunk(group.size())):
+            if rank != group.rank():
+                part.zero_()
+        return handle
+
+    whole = partition_parameters._dist_allgather_fn
+    patch.setattr(partition_parameters, "_dist_allgather_fn", gather)
+
+
 def lose_the_others_parts(patch: pytest.MonkeyPatch) -> None:
     """What other ranks have of a DTensor does not arrive."""
     patch.setattr(DTensor, "full_tensor", lambda self: self.to_local().new_zeros(self.shape))
 
 
-SPOILT = {"zero1": average_partitions, "fsdp2": average_units, "gather": lose_the_others_parts}
+SPOILT = {
+    "zero1": average_partitions,
+    "zero3": leave_means,
+    "zero3 gathers": lose_the_others_weights,
+    "fsdp2": average_units,
+    "gather": lose_the_others_parts,
+}
 
 
 def spoil_libraries(rank: int, world: int, folder: Path) -> dict[str, list[bool]]:
-    """Whether all is right: as it is, and spoilt. Two replicas, each with half of the experts."""
-    found, topology = {}, Topology(dp=2, ep=2)
-    mesh = Mesh(topology, torch.device("cpu"))
+    """Whether all is right: as it is, and spoilt. Two replicas, each with half of the experts where that can be."""
+    found = {}
     for what, spoil in SPOILT.items():
+        topology = CASES.get(what, {}).get("topology", Topology(dp=2, ep=2))
+        mesh = Mesh(topology, torch.device("cpu"))
         found[what] = []
         for spoilt in (False, True):
             with pytest.MonkeyPatch.context() as patch:

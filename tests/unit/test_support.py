@@ -23,7 +23,7 @@ def test_ours_and_torch_s_take_all(engine: str) -> None:
     check(EngineName(engine), Precision.fp64, NARROW, KEEP)
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_deepspeed_refuses(engine: str) -> None:
     with pytest.raises(ValueError, match=rf"^parallel.engine={engine} must be .* precision=fp64: "):
         check(EngineName(engine), Precision.fp64, ADAM, KEEP)
@@ -38,8 +38,9 @@ def test_deepspeed_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     check(EngineName.native, Precision.bf16, ADAM, KEEP)
 
 
-def test_fully_shard_refuses_to_compute_its_units_again() -> None:
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_engines_that_gather_refuse_to_compute_again(engine: str) -> None:
     for recompute in (Recompute.selective, Recompute.full):
-        rule = rf"^model.recompute={recompute} must be none with parallel.engine=fsdp2: "
+        rule = rf"^model.recompute={recompute} must be none with parallel.engine={engine}: "
         with pytest.raises(ValueError, match=rule):
-            check(EngineName.fsdp2, Precision.bf16, ADAM, recompute)
+            check(EngineName(engine), Precision.bf16, ADAM, recompute)
