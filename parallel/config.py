@@ -81,13 +81,13 @@ class ParallelConfig:
         for axis in ("pp", "tp", "ep", "cp"):
             if (degree := getattr(self, axis)) > 1:
                 raise ValueError(
-                    f"parallel.{axis}={degree} must be 1 with parallel.engine=zero3: DeepSpeed's ZeRO-3 knows one group "
-                    "of ranks, which hold everything alike; take fsdp2"
+                    f"parallel.{axis}={degree} must be 1 with parallel.engine=zero3: DeepSpeed's ZeRO-3 knows one "
+                    "group of ranks, which hold everything alike; take fsdp2"
                 )
         if self.pipeline.schedule != "1f1b":
             raise ValueError(
-                f"parallel.pipeline.schedule={self.pipeline.schedule} must be 1f1b with parallel.engine=zero3: it gathers "
-                "weights in the order of a forward and its own backward"
+                f"parallel.pipeline.schedule={self.pipeline.schedule} must be 1f1b with parallel.engine=zero3: it "
+                "gathers weights in the order of a forward and its own backward"
             )
 
     def _check_pipeline(self) -> None:

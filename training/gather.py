@@ -65,7 +65,7 @@ def is_cut(tensor: Tensor) -> bool:
 def complete(tensor: Tensor) -> Tensor:
     """A parameter as the layout has it, detached, whatever an engine has cut. Collective over its holders."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        return tensor.full_tensor().detach()
     if is_cut(tensor):
         from deepspeed.runtime.zero import GatheredParameters
 

@@ -1,6 +1,6 @@
 """Data parallelism by DeepSpeed's ZeRO-3 (arXiv 1910.02054), as its ``DeepSpeedZeroOptimizer_Stage3`` does it.
 
-    weight [12]    | rank 0: 0 1 2 3 | rank 1: 4 5 6 7 | rank 2: 8 9 10 11 |     every parameter cut flat by itself, padded
+    weight [12]    | rank 0: 0 1 2 3 | rank 1: 4 5 6 7 | rank 2: 8 9 10 11 |     every parameter by itself, flat, padded
 
     forward        a module's own weights are gathered before its call and let go of after it
     backward       gathered again before the module's; its gradients go, a bucket at a time, to those who own them
@@ -148,9 +148,7 @@ def _group(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> Groups
     return [{"params": some, "weight_decay": decay} for (_, decay), some in groups.items()]
 
 
-def _partition(
-    model: nn.Module, groups: Groups, config: OptimizerConfig, group: torch.distributed.ProcessGroup
-) -> Any:  # noqa: ANN401
+def _partition(model: nn.Module, groups: Groups, config: OptimizerConfig, group: torch.distributed.ProcessGroup) -> Any:
     """DeepSpeed's optimizer over ``model``, whose parameters it cuts over ``group`` and whose calls it watches."""
     import deepspeed
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -189,5 +187,5 @@ def _partition(
         gradient_accumulation_dtype=torch.float32,
         communication_data_type=torch.float32,
     )
-    deepspeed.zero.register_external_parameter(model, model.head.weight)
+    deepspeed.zero.register_external_parameter(model, model.get_parameter("head.weight"))
     return zero

@@ -120,7 +120,10 @@ LINES = {
     ("params", "parallel.engine=fsdp2", "parallel.pipeline.schedule=interleaved_1f1b_overlap"): ("overlap", "pairs"),
     ("params", "parallel.engine=zero2", "parallel.pipeline.file=a.txt"): ("file=a.txt", "must be left out"),
     **{
-        ("params", "parallel.engine=zero3", f"parallel.{axis}=2"): (f"parallel.{axis}=2", "zero3: DeepSpeed's ZeRO-3 knows")
+        ("params", "parallel.engine=zero3", f"parallel.{axis}=2"): (
+            f"parallel.{axis}=2",
+            "zero3: DeepSpeed's ZeRO-3 knows",
+        )
         for axis in ("pp", "tp", "ep", "cp")
     },
     ("params", "parallel.engine=zero3", "parallel.pipeline.schedule=gpipe"): ("schedule=gpipe", "must be 1f1b"),

@@ -76,7 +76,13 @@ BESIDE = Case(
     Topology(dp=2), make_config(num_layers=2, mtp=1, moe={"score": "softmax", "shared_experts": 1}), ADAM, micro_batch=2
 )
 THREE = [
-    replace(BESIDE, topology=Topology(dp=3), model=make_config(mtp=depth, tied=tied, moe=moe), crowded=bool(depth), optimizer=how)
+    replace(
+        BESIDE,
+        topology=Topology(dp=3),
+        model=make_config(mtp=depth, tied=tied, moe=moe),
+        crowded=bool(depth),
+        optimizer=how,
+    )
     for depth, tied, moe, how in (
         (0, True, {"shared_experts": 0}, ADAM),
         (1, False, {"score": "softmax"}, replace(ADAM, clip=1e3, weight_decay=0.3)),
