@@ -47,6 +47,7 @@ def connect(device: torch.device) -> None:
     warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*deprecated", FutureWarning)
     # It would compile collectives over shared memory at its first start on a CPU. They are for inference.
     deepspeed.ops.__compatible_ops__ = {}
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # stage 3 reads it
     deepspeed.init_distributed(verbose=False)
 
 

@@ -21,7 +21,6 @@ backward a bucket of whole gradients (``optimizer.bucket_bytes``, or all if fewe
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -170,7 +169,6 @@ def _partition(model: nn.Module, groups: Groups, config: OptimizerConfig, group:
 
     names = {parameter: name for name, parameter in model.named_parameters()}
     elements = sum(parameter.numel() for parameter in names)
-    os.environ.setdefault("LOCAL_RANK", str(next(model.parameters()).device.index or 0))  # it would not start without
     deepspeed.zero.Init(model, group, mem_efficient_linear=False, dtype=next(model.parameters()).dtype)
     zero = Stage3(
         model,
