@@ -268,6 +268,15 @@ def spoil_libraries(rank: int, world: int, folder: Path) -> dict[str, list[bool]
     return found
 
 
+def forget_the_head(rank: int, world: int) -> Report:
+    """ZeRO-3 is not told that the model uses the head's weight itself."""
+    import deepspeed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed.zero, "register_external_parameter", lambda module, parameter: None)
+        return prove(make_case(2, "zero3"), Mesh(Topology(dp=2), torch.device("cpu")))
+
+
 def name(broken: Break) -> str:
     return f"{broken.site.function}-{broken.site.callee}{broken.site.index}-{broken.kind}-{broken.how}{broken.ranks}"
 
@@ -335,6 +344,13 @@ def test_libraries_are_proved_as_well(tmp_path: Path) -> None:
     write_text(tmp_path)
     found = run_ranks(spoil_libraries, 2, tmp_path)[0]
     assert found == {what: [True, False] for what in SPOILT}
+
+
+@pytest.mark.full
+def test_a_weight_that_nobody_gathers_ends_the_run() -> None:
+    """It is empty: there is no number that could be wrong."""
+    with pytest.raises(RankError, match=r"split_chunks[\s\S]*ZeroDivisionError"):
+        run_ranks(forget_the_head, 2)
 
 
 def test_every_collective_has_a_break() -> None:
