@@ -11,16 +11,14 @@ from training.ramp import count_microbatches, schedule_batches
 
 DEEPSPEED = (EngineName.zero1, EngineName.zero2, EngineName.zero3)
 
-ONCE = {  # why they do not compute a forward twice
-    EngineName.fsdp2: "fully_shard's units lie within what would be computed again",
-    EngineName.zero3: "its hooks expect the backward of a module after its forward, not another forward",
-}
-
 
 def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig, recompute: Recompute) -> None:
     """Raises ValueError if ``engine`` cannot train in ``precision``, run ``optimizer`` or ``recompute``."""
-    if engine in ONCE and recompute is not Recompute.none:
-        raise ValueError(f"model.recompute={recompute} must be none with parallel.engine={engine}: {ONCE[engine]}")
+    if engine is EngineName.fsdp2 and recompute is not Recompute.none:
+        raise ValueError(
+            f"model.recompute={recompute} must be none with parallel.engine={engine}: fully_shard's units "
+            "lie within what would be computed again"
+        )
     if engine not in DEEPSPEED:
         return
     if find_spec("deepspeed") is None:

@@ -17,9 +17,7 @@ from sites import UNSEEN, Site, find_sites, find_unseen
 from small_models import make_config
 from small_runs import write_text
 from spawn import RankError, run_ranks
-from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
+from spoilt import SPOILT
 
 from parallel import collectives, reduce
 from parallel.config import EngineName, PipelineConfig
@@ -27,7 +25,6 @@ from parallel.mesh import Mesh
 from parallel.pipeline.run import Interpreter
 from parallel.topology import Axis, Topology
 from parallel.traffic import Traffic
-from training import fsdp2
 from training.config import OptimizerConfig
 from training.proof.case import Case
 from training.proof.plain import trace_plain
@@ -197,56 +194,6 @@ def move_pieces(rank: int, world: int, broken: Break) -> list[float]:
         reduce.reduce_pieces(summed, pieces, group)()
         reduce.gather_pieces(copied, pieces, group)()
     return [*summed[2 * rank : 2 * rank + 2].tolist(), *copied.tolist()]
-
-
-def average_units(patch: pytest.MonkeyPatch) -> None:
-    """fully_shard divides its sums by the number of ranks, as it does unless told otherwise."""
-    patch.setattr(fsdp2, "FSDPModule", type(None))
-
-
-def average_partitions(patch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed does, as it does unless told otherwise."""
-    from deepspeed.runtime.zero import stage_1_and_2
-
-    summing, told = stage_1_and_2.DeepSpeedZeroOptimizer, {"gradient_average": True}
-    patch.setattr(stage_1_and_2, "DeepSpeedZeroOptimizer", lambda *a, **options: summing(*a, **{**options, **told}))
-
-
-def leave_means(patch: pytest.MonkeyPatch) -> None:
-    """What DeepSpeed's ZeRO-3 has averaged is taken for the sum."""
-    from training.zero3 import Zero3
-
-    patch.setattr(Zero3, "finished", lambda self, stage: None)
-
-
-def lose_the_others_weights(patch: pytest.MonkeyPatch) -> None:
-    """What ZeRO-3 gathers before it is used does not arrive: what other ranks have of it is zero."""
-    from deepspeed.runtime.zero import partition_parameters
-
-    def gather(own: Tensor, everyone: Tensor, group: ProcessGroup) -> Any:
-        handle = whole(own, everyone, group)
-        handle.wait()
-        for rank, part in enumerate(everyone.chunk(group.size())):
-            if rank != group.rank():
-                part.zero_()
-        return handle
-
-    whole = partition_parameters._dist_allgather_fn
-    patch.setattr(partition_parameters, "_dist_allgather_fn", gather)
-
-
-def lose_the_others_parts(patch: pytest.MonkeyPatch) -> None:
-    """What other ranks have of a DTensor does not arrive."""
-    patch.setattr(DTensor, "full_tensor", lambda self: self.to_local().new_zeros(self.shape))
-
-
-SPOILT = {
-    "zero1": average_partitions,
-    "zero3": leave_means,
-    "zero3 gathers": lose_the_others_weights,
-    "fsdp2": average_units,
-    "gather": lose_the_others_parts,
-}
 
 
 def spoil_libraries(rank: int, world: int, folder: Path) -> dict[str, list[bool]]:

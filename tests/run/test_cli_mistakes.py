@@ -129,7 +129,6 @@ LINES = {
     ("params", "parallel.engine=zero3", "parallel.pipeline.schedule=gpipe"): ("schedule=gpipe", "must be 1f1b"),
     ("params", "parallel.engine=zero3", "parallel.pipeline.schedule=zb_h1"): ("schedule=zb_h1", "must be 1f1b"),
     ("params", "parallel.engine=zero3", "parallel.pipeline.file=a.txt"): ("file=a.txt", "must be left out"),
-    ("params", "parallel.engine=zero3", "model.recompute=full"): ("recompute=full", "must be none"),
     ("params", "parallel.engine=zero3", "precision=fp64"): ("engine=zero3", "precision=fp64"),
     ("params", "parallel.engine=zero3", "parallel.rebalance_every=2"): ("rebalance_every=2", "does not move experts"),
     (

@@ -9,6 +9,7 @@ from small_models import make_config
 from small_runs import make_run
 
 from launcher import cli, proofs, trial
+from model.config import Recompute
 from parallel.config import EngineName, ParallelConfig, PipelineConfig, ScheduleName
 from parallel.topology import Topology
 from training.config import OptimizerConfig
@@ -79,14 +80,14 @@ THREE = [
     replace(
         BESIDE,
         topology=Topology(dp=3),
-        model=make_config(mtp=depth, tied=tied, moe=moe),
+        model=make_config(mtp=depth, tied=tied, moe=moe, recompute=recompute),
         crowded=bool(depth),
         optimizer=how,
     )
-    for depth, tied, moe, how in (
-        (0, True, {"shared_experts": 0}, ADAM),
-        (1, False, {"score": "softmax"}, replace(ADAM, clip=1e3, weight_decay=0.3)),
-        (2, True, {"aux_alpha": 0.0}, replace(ADAM, bucket_bytes=1024)),
+    for depth, tied, moe, recompute, how in (
+        (0, True, {"shared_experts": 0}, Recompute.none, ADAM),
+        (1, False, {"score": "softmax"}, Recompute.selective, replace(ADAM, clip=1e3, weight_decay=0.3)),
+        (2, True, {"aux_alpha": 0.0}, Recompute.full, replace(ADAM, bucket_bytes=1024)),
     )
 ]
 
