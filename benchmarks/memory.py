@@ -66,6 +66,7 @@ FORMULAS: dict[EngineName, Callable[[int, bool, int, int], Bytes]] = {
     EngineName.fsdp2: lambda c, w, m, n: Bytes(4 / n, m / n, 4 / n),
     EngineName.zero1: lambda c, w, m, n: Bytes(c + 4 / n, m / n, 4),
     EngineName.zero2: lambda c, w, m, n: Bytes(c + 4 / n, m / n, 4 / n),
+    EngineName.zero3: lambda c, w, m, n: Bytes((c + 4) / n, m / n, 4 / n),
 }
 
 
@@ -94,7 +95,7 @@ def find_storages(*roots: object) -> dict[int, int]:
 def count(model: nn.Module, engine: Engine) -> list[float]:
     """Bytes of this rank: of weights and masters, of moments, and of all else, which is gradients and buckets."""
     chunks = engine.state().chunks
-    weights = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    weights = [p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p) for p in model.parameters()]
     weights += [chunk.tensor for chunk in chunks if chunk.name.startswith("master/")]
     moments = [chunk.tensor for chunk in chunks if chunk.name.startswith(("m/", "v/"))]
     named = [_list_storages(weights), _list_storages(moments)]
@@ -213,7 +214,9 @@ def main() -> None:
     print(f"{'':36}{'gradients':>27}{'all of the tensors':>27}{'the process':>27}")
     print(f"{'MiB':18}{''.join(f'{title:>9}' for title in TITLES)}")
     for layout in options.layouts:
-        for name, found in measure(options.engines, options.run, layout, options.moments).items():
+        alike = LAYOUTS[layout].world == LAYOUTS[layout].dp and LAYOUTS[layout].ep == 1
+        names = [name for name in options.engines if alike or name is not EngineName.zero3]
+        for name, found in measure(names, options.run, layout, options.moments).items():
             print(f"{layout:10}{name:8}{describe(found)}", flush=True)
 
 

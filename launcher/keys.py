@@ -41,9 +41,7 @@ class Key:
         return tuple(member.name for member in kind) if issubclass(kind, Enum) else ()
 
     def hint(self, raw: str) -> str:
-        """``"; did you mean ...?"`` for a value ``raw`` that does not fit, why there is none such, or nothing."""
-        if reason := getattr(self.kind, "absent", {}).get(raw):  # what an enumeration leaves out on purpose
-            return f": {reason}"
+        """``"; did you mean ...?"`` for a value ``raw`` that does not fit, or nothing."""
         if get_origin(self.kind) is tuple and not raw.startswith("["):
             return f"; did you mean [{raw}]?"
         if self.kind is int and re.fullmatch(r"\d+(\.0*)?(e\+?\d{1,2})?", raw) and float(raw).is_integer():

@@ -1,7 +1,7 @@
 """Configuration of the parallel layout: the five degrees, the pipeline and the engine. Standard library only."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum, nonmember
+from enum import StrEnum
 
 from parallel.pipeline.schedules import SCHEDULES, Route
 
@@ -15,7 +15,7 @@ class EngineName(StrEnum):
     fsdp2 = "fsdp2"  # torch's fully_shard: weights are sharded too (ZeRO-3)
     zero1 = "zero1"  # DeepSpeed's ZeRO-1
     zero2 = "zero2"  # DeepSpeed's ZeRO-2: gradients are sharded too
-    absent = nonmember({"zero3": "DeepSpeed's ZeRO-3 averages gradients and knows one group of ranks; take fsdp2"})
+    zero3 = "zero3"  # DeepSpeed's ZeRO-3: weights are sharded too, over dp alone
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,9 +69,26 @@ class ParallelConfig:
                 f"parallel.rebalance_every={self.rebalance_every} needs parallel.engine=native: {self.engine} does not "
                 "move experts"
             )
+        self._check_zero3()
         self._check_pipeline()
         if self.cp > 1:
             raise ValueError(f"parallel.cp={self.cp} must be 1: there is no context parallelism yet")
+
+    def _check_zero3(self) -> None:
+        """What DeepSpeed's ZeRO-3 runs: replicas of one stage that hold everything alike."""
+        if self.engine is not EngineName.zero3:
+            return
+        for axis in ("pp", "tp", "ep", "cp"):
+            if (degree := getattr(self, axis)) > 1:
+                raise ValueError(
+                    f"parallel.{axis}={degree} must be 1 with parallel.engine=zero3: DeepSpeed's ZeRO-3 knows one "
+                    "group of ranks, which hold everything alike; take fsdp2"
+                )
+        if self.pipeline.schedule != "1f1b":
+            raise ValueError(
+                f"parallel.pipeline.schedule={self.pipeline.schedule} must be 1f1b with parallel.engine=zero3: it "
+                "gathers weights in the order of a forward and its own backward"
+            )
 
     def _check_pipeline(self) -> None:
         """What of a pipeline goes with which engine, and with moving experts."""

@@ -75,9 +75,16 @@ def _make_zero2(stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerCon
     return DeepSpeed(stages, shards, mesh, config, zero=2)
 
 
+def _make_zero3(stages: Stages, shards: Shards, mesh: Mesh, config: OptimizerConfig, _: torch.dtype) -> Engine:
+    from training.zero3 import Zero3
+
+    return Zero3(stages, shards, mesh, config)
+
+
 MAKERS: dict[EngineName, Maker] = {
     EngineName.native: _make_native,
     EngineName.fsdp2: _make_fsdp2,
     EngineName.zero1: _make_zero1,
     EngineName.zero2: _make_zero2,
+    EngineName.zero3: _make_zero3,
 }

@@ -34,15 +34,14 @@ def gather_whole(
     ``plain``: the whole model without memory, for names, shapes and dtypes. A buffer is whole everywhere in its stage.
     """
     config = next(iter(stages.values())).config
-    here = name_tensors(stages.values())
+    here = find_tensors(stages.values())
     places = {f"{name}.experts": exchange.places.cpu() for name, exchange in find_exchanges(stages.values()).items()}
     for name, like in name_tensors([plain]).items():
         holder = pipeline.across(name, config)[0]
         whole = like.new_empty(0, device="cpu")
         if mesh.coordinate(Axis.pp) == holder:
             part = here[name]
-            part = part.full_tensor() if isinstance(part, DTensor) else part
-            whole = _collect(part.to(like.dtype), shards.get(name), mesh, holder * mesh.topology.stage_size)
+            whole = _collect(complete(part).to(like.dtype), shards.get(name), mesh, holder * mesh.topology.stage_size)
             slots = places.get(name.partition(".routed.")[0])
             whole = whole if slots is None or not whole.numel() else whole.index_select(0, slots)
         yield name, _bring(whole, like, mesh, holder)
@@ -50,7 +49,29 @@ def gather_whole(
 
 def name_tensors(models: Iterable[nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers of stages by name, detached; one that is used twice has one name."""
-    return {name: t.detach() for model in models for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in find_tensors(models).items()}
+
+
+def find_tensors(models: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """The same, themselves."""
+    return {name: t for model in models for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether an engine has cut a parameter over its holders: torch's fully_shard, or DeepSpeed's ZeRO-3."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor")
+
+
+def complete(tensor: Tensor) -> Tensor:
+    """A parameter as the layout has it, detached, whatever an engine has cut. Collective over its holders."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    if is_cut(tensor):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
 
 
 def _collect(part: Tensor, shard: Shard | None, mesh: Mesh, first: int) -> Tensor:

@@ -43,10 +43,11 @@ def connect(device: torch.device) -> None:
     load(device.type)
     import deepspeed
 
-    # What torch now calls all_gather_single; DeepSpeed uses the former name.
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)
+    # What torch now calls all_gather_single and reduce_scatter_single; DeepSpeed uses the former names.
+    warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*deprecated", FutureWarning)
     # It would compile collectives over shared memory at its first start on a CPU. They are for inference.
     deepspeed.ops.__compatible_ops__ = {}
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # stage 3 reads it
     deepspeed.init_distributed(verbose=False)
 
 
@@ -91,11 +92,7 @@ class Partition:
         self._owned = [[entries[id(parameter)] for parameter in some] for some in self._zero.params_in_partition]
         self._states: list[dict[str, Tensor]] = []
         for master in self._zero.single_partition_of_fp32_groups:
-            # As AdamW would at its first step; here they can be loaded and saved before it.
-            moments = {name: torch.zeros_like(master).detach() for name in ("exp_avg", "exp_avg_sq")}
-            steps = torch.zeros((), dtype=torch.float32, device=master.device)
-            self._zero.optimizer.state[master] = {"step": steps, **moments}
-            self._states.append({"master": master.detach(), "m": moments["exp_avg"], "v": moments["exp_avg_sq"]})
+            self._states.append(start_moments(self._zero.optimizer, master))
 
     def begin(self) -> None:
         """Forgets the gradients."""
@@ -144,8 +141,7 @@ class Partition:
 
     def publish(self, steps: int) -> None:
         """Masters and moments are those after ``steps`` updates: sets the weights from them. Collective."""
-        for state in self._zero.optimizer.state.values():
-            state["step"].fill_(steps)
+        set_steps(self._zero.optimizer, steps)
         self._zero.update_lp_params()
 
     def chunks(self) -> Iterator[Chunk]:
@@ -153,14 +149,37 @@ class Partition:
         for owned, state, first in zip(self._owned, self._states, self._zero.first_offset, strict=True):
             at, end, start = 0, len(state["master"]), first
             for name, parameter, shard in owned:
-                for rectangle in cut_range(shard.shape, range(start, min(parameter.numel(), start + end - at))):
-                    size = math.prod(rectangle.shape)
-                    offset = tuple(map(sum, zip(shard.offset, rectangle.offset, strict=True)))
-                    for kind, tensor in state.items():
-                        view = tensor[at : at + size].view(rectangle.shape)
-                        yield Chunk(f"{kind}/{name}", shard.global_shape, offset, view)
-                    at += size
-                start = 0
+                part = range(start, min(parameter.numel(), start + end - at))
+                yield from cut_chunks(name, shard, part, {kind: tensor[at:] for kind, tensor in state.items()})
+                at, start = at + len(part), 0
+
+
+def start_moments(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """Moments of a flat master, as AdamW would make at its first step: here they can be loaded and saved before it.
+
+    Returns what chunks are cut from."""
+    moments = {name: torch.zeros_like(master).detach() for name in ("exp_avg", "exp_avg_sq")}
+    steps = torch.zeros((), dtype=torch.float32, device=master.device)
+    optimizer.state[master] = {"step": steps, **moments}
+    return {"master": master.detach(), "m": moments["exp_avg"], "v": moments["exp_avg_sq"]}
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """So many updates have been applied."""
+    for state in optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+def cut_chunks(name: str, shard: Shard, part: range, state: Mapping[str, Tensor]) -> Iterator[Chunk]:
+    """``state`` begins with the elements ``part`` of a parameter: as rectangles of the whole one."""
+    at = 0
+    for rectangle in cut_range(shard.shape, part):
+        size = math.prod(rectangle.shape)
+        offset = tuple(map(sum, zip(shard.offset, rectangle.offset, strict=True)))
+        for kind, tensor in state.items():
+            view = tensor[at : at + size].view(rectangle.shape)
+            yield Chunk(f"{kind}/{name}", shard.global_shape, offset, view)
+        at += size
 
 
 def cut_range(shape: Sequence[int], part: range) -> Iterator[Rectangle]:

@@ -9,7 +9,7 @@ from parallel.pipeline.schedules import check as check_schedule
 from training.config import Compile, MomentDtype, OptimizerConfig, Precision, RunSection
 from training.ramp import count_microbatches, schedule_batches
 
-DEEPSPEED = (EngineName.zero1, EngineName.zero2)
+DEEPSPEED = (EngineName.zero1, EngineName.zero2, EngineName.zero3)
 
 
 def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig, recompute: Recompute) -> None:

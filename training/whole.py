@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from torch.distributed.tensor import DTensor
-
 from model.build import allocate, outline
 from model.transformer import Transformer
 from training.determinism import DTYPES, measure_free_memory
-from training.gather import gather_whole
+from training.gather import gather_whole, is_cut
 from training.save import load, write
 from training.setup import Setup
 from training.weights import count_parameters, is_whole
@@ -33,7 +31,7 @@ def find_whole(setup: Setup, saved: Path) -> Transformer:
     Raises ValueError where nothing is saved, and where the whole does not fit into memory.
     """
     first = next(iter(setup.stages.values()))
-    if is_whole(setup.stages, setup.shards) and not isinstance(next(first.parameters()), DTensor):
+    if is_whole(setup.stages, setup.shards) and not is_cut(next(first.parameters())):
         return first
     if not saved.exists():
         raise ValueError("the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")

@@ -42,14 +42,24 @@ UNSEEN = [
         "fully_shard gathers weights and scatters gradients",
         "test_libraries_are_proved_as_well",
     ),
-    Unseen("training/gather.py", {"DTensor"}, "its full_tensor gathers", "test_libraries_are_proved_as_well"),
+    Unseen(
+        "training/gather.py",
+        {"DTensor", "GatheredParameters"},
+        "they gather what engines have cut",
+        "test_libraries_are_proved_as_well",
+    ),
     Unseen(
         "training/partition.py",
         {"deepspeed", "DeepSpeedZeroOptimizer", "logger", "NoopTimer"},
         "its optimizer sums, cuts and gathers",
         "test_libraries_are_proved_as_well",
     ),
-    Unseen("training/whole.py", {"DTensor"}, "nothing: asks for a type", "test_libraries_are_proved_as_well"),
+    Unseen(
+        "training/zero3.py",
+        {"deepspeed", "DeepSpeedZeroOptimizer_Stage3", "defragment", "NoopTimer"},
+        "its optimizer gathers weights, and averages and cuts gradients",
+        "test_libraries_are_proved_as_well",
+    ),
     Unseen(
         "parallel/tensor.py",
         {"GroupName", "_resolve_process_group"},

@@ -17,7 +17,7 @@ from sites import UNSEEN, Site, find_sites, find_unseen
 from small_models import make_config
 from small_runs import write_text
 from spawn import RankError, run_ranks
-from torch.distributed.tensor import DTensor
+from spoilt import SPOILT
 
 from parallel import collectives, reduce
 from parallel.config import EngineName, PipelineConfig
@@ -25,7 +25,6 @@ from parallel.mesh import Mesh
 from parallel.pipeline.run import Interpreter
 from parallel.topology import Axis, Topology
 from parallel.traffic import Traffic
-from training import fsdp2
 from training.config import OptimizerConfig
 from training.proof.case import Case
 from training.proof.plain import trace_plain
@@ -46,9 +45,10 @@ COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
 GRADIENTS, WEIGHTS = Site(SLAB, "Slab.reduce", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
 COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
-NORM, ZERO_NORM = (
+NORM, ZERO_NORM, ZERO3_NORM = (
     Site("training/native.py", "Native._measure_norm", "sum_over"),
     Site("training/zero.py", "DeepSpeed.step", "sum_over"),
+    Site("training/zero3.py", "Zero3.step", "sum_over"),
 )
 REPLICATED, FSDP2_NORM = (Site(FSDP2, of, "dist.all_reduce") for of in ("_sum", "Fsdp2._measure_norm"))
 STAGES = Site("parallel/pipeline/run.py", "Interpreter._exchange", "self._start")
@@ -83,7 +83,11 @@ BREAKS = [
     *(Break(COUNT, kind, ranks) for kind, ranks in (("own alone", 4), ("counted twice", 2), ("wrong axis", 2))),
     *(Break(TOTALS, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
     *(Break(NORM, kind, ranks) for kind, ranks in (("own alone", 2), ("counted twice", 2), ("wrong axis", 4))),
-    *(Break(ZERO_NORM, kind, how="zero1") for kind in ("own alone", "counted twice")),
+    *(
+        Break(site, kind, how=how)
+        for site, how in ((ZERO_NORM, "zero1"), (ZERO3_NORM, "zero3"))
+        for kind in ("own alone", "counted twice")
+    ),
     *(Break(REPLICATED, kind, how=how) for how in SHARED for kind in ("left alone", "doubled in place")),
     *(Break(FSDP2_NORM, kind, how="fsdp2") for kind in ("left alone", "doubled in place")),
     *(Break(PARTS, kind, 4, how="moving") for kind in ("left alone", "doubled in place", "wrong group")),
@@ -105,6 +109,7 @@ CONTROLS = [
         for site, how in (
             (FSDP2_NORM, "fsdp2"),
             (ZERO_NORM, "zero1"),
+            (ZERO3_NORM, "zero3"),
             (TRAVEL, "moving"),
             (REPLICATED, "fsdp2 pipeline"),
             (STAGES, "pipeline"),
@@ -119,10 +124,13 @@ PIPELINE = {
     "model": make_config(num_layers=3, mtp=1),
     "accumulation": 3,
 }
+ZERO3 = {"engine": EngineName.zero3, "topology": Topology(dp=2)}
 CASES: dict[str, dict[str, Any]] = {
     "native": {},
     "fsdp2": {"engine": EngineName.fsdp2},
     "zero1": {"engine": EngineName.zero1},
+    "zero3": ZERO3,
+    "zero3 gathers": ZERO3,
     "moving": {"rebalance": True, "steps": 2},
     "pipeline": PIPELINE,
     "fsdp2 pipeline": {**PIPELINE, "engine": EngineName.fsdp2},
@@ -188,32 +196,12 @@ def move_pieces(rank: int, world: int, broken: Break) -> list[float]:
     return [*summed[2 * rank : 2 * rank + 2].tolist(), *copied.tolist()]
 
 
-def average_units(patch: pytest.MonkeyPatch) -> None:
-    """fully_shard divides its sums by the number of ranks, as it does unless told otherwise."""
-    patch.setattr(fsdp2, "FSDPModule", type(None))
-
-
-def average_partitions(patch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed does, as it does unless told otherwise."""
-    from deepspeed.runtime.zero import stage_1_and_2
-
-    summing, told = stage_1_and_2.DeepSpeedZeroOptimizer, {"gradient_average": True}
-    patch.setattr(stage_1_and_2, "DeepSpeedZeroOptimizer", lambda *a, **options: summing(*a, **{**options, **told}))
-
-
-def lose_the_others_parts(patch: pytest.MonkeyPatch) -> None:
-    """What other ranks have of a DTensor does not arrive."""
-    patch.setattr(DTensor, "full_tensor", lambda self: self.to_local().new_zeros(self.shape))
-
-
-SPOILT = {"zero1": average_partitions, "fsdp2": average_units, "gather": lose_the_others_parts}
-
-
 def spoil_libraries(rank: int, world: int, folder: Path) -> dict[str, list[bool]]:
-    """Whether all is right: as it is, and spoilt. Two replicas, each with half of the experts."""
-    found, topology = {}, Topology(dp=2, ep=2)
-    mesh = Mesh(topology, torch.device("cpu"))
+    """Whether all is right: as it is, and spoilt. Two replicas, each with half of the experts where that can be."""
+    found = {}
     for what, spoil in SPOILT.items():
+        topology = CASES.get(what, {}).get("topology", Topology(dp=2, ep=2))
+        mesh = Mesh(topology, torch.device("cpu"))
         found[what] = []
         for spoilt in (False, True):
             with pytest.MonkeyPatch.context() as patch:
@@ -225,6 +213,15 @@ def spoil_libraries(rank: int, world: int, folder: Path) -> dict[str, list[bool]
                 else:
                     found[what].append(prove(replace(make_case(2, what), topology=topology), mesh).passed)
     return found
+
+
+def forget_the_head(rank: int, world: int) -> Report:
+    """ZeRO-3 is not told that the model uses the head's weight itself."""
+    import deepspeed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed.zero, "register_external_parameter", lambda module, parameter: None)
+        return prove(make_case(2, "zero3"), Mesh(Topology(dp=2), torch.device("cpu")))
 
 
 def name(broken: Break) -> str:
@@ -294,6 +291,13 @@ def test_libraries_are_proved_as_well(tmp_path: Path) -> None:
     write_text(tmp_path)
     found = run_ranks(spoil_libraries, 2, tmp_path)[0]
     assert found == {what: [True, False] for what in SPOILT}
+
+
+@pytest.mark.full
+def test_a_weight_that_nobody_gathers_ends_the_run() -> None:
+    """It is empty: there is no number that could be wrong."""
+    with pytest.raises(RankError, match=r"split_chunks[\s\S]*ZeroDivisionError"):
+        run_ranks(forget_the_head, 2)
 
 
 def test_every_collective_has_a_break() -> None:

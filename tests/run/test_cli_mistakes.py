@@ -85,8 +85,7 @@ OVERRIDES = {
     "parallel.tp=3": "must divide model.attention.heads=4",
     "parallel.ep=3": "must divide model.moe.experts=8",
     "parallel.dp=3": "run.global_batch=8 must be divisible by parallel.dp=3",
-    "parallel.engine=natif": "must be one of native, fsdp2, zero1, zero2; did you mean native?",
-    "parallel.engine=zero3": "must be one of native, fsdp2, zero1, zero2: DeepSpeed's ZeRO-3 averages gradients",
+    "parallel.engine=natif": "must be one of native, fsdp2, zero1, zero2, zero3; did you mean native?",
     "verify=never": "must be one of auto, require, skip",
     "cluster.price_per_device_hour=-1": "must not be negative",
     "cluster.devices_per_node=0": "must be at least 1",
@@ -120,6 +119,18 @@ LINES = {
     ("params", "parallel.engine=zero1", "parallel.pipeline.schedule=zb_h1"): ("schedule=zb_h1", "weight gradients off"),
     ("params", "parallel.engine=fsdp2", "parallel.pipeline.schedule=interleaved_1f1b_overlap"): ("overlap", "pairs"),
     ("params", "parallel.engine=zero2", "parallel.pipeline.file=a.txt"): ("file=a.txt", "must be left out"),
+    **{
+        ("params", "parallel.engine=zero3", f"parallel.{axis}=2"): (
+            f"parallel.{axis}=2",
+            "zero3: DeepSpeed's ZeRO-3 knows",
+        )
+        for axis in ("pp", "tp", "ep", "cp")
+    },
+    ("params", "parallel.engine=zero3", "parallel.pipeline.schedule=gpipe"): ("schedule=gpipe", "must be 1f1b"),
+    ("params", "parallel.engine=zero3", "parallel.pipeline.schedule=zb_h1"): ("schedule=zb_h1", "must be 1f1b"),
+    ("params", "parallel.engine=zero3", "parallel.pipeline.file=a.txt"): ("file=a.txt", "must be left out"),
+    ("params", "parallel.engine=zero3", "precision=fp64"): ("engine=zero3", "precision=fp64"),
+    ("params", "parallel.engine=zero3", "parallel.rebalance_every=2"): ("rebalance_every=2", "does not move experts"),
     (
         "params",
         "parallel.engine=fsdp2",

@@ -9,6 +9,7 @@ from small_models import make_config
 from small_runs import make_run
 
 from launcher import cli, proofs, trial
+from model.config import Recompute
 from parallel.config import EngineName, ParallelConfig, PipelineConfig, ScheduleName
 from parallel.topology import Topology
 from training.config import OptimizerConfig
@@ -72,10 +73,44 @@ PIPED = Case(
 )
 
 
-@pytest.mark.parametrize("layout", [pytest.param(FOLDED, marks=pytest.mark.full), PIPED], ids=["folded", "piped"])
-def test_engines_of_deepspeed_are_held_to_rounding_and_what_comes_before_them_is_not(layout: Case) -> None:
+BESIDE = Case(
+    Topology(dp=2), make_config(num_layers=2, mtp=1, moe={"score": "softmax", "shared_experts": 1}), ADAM, micro_batch=2
+)
+THREE = [
+    replace(
+        BESIDE,
+        topology=Topology(dp=3),
+        model=make_config(mtp=depth, tied=tied, moe=moe, recompute=recompute),
+        crowded=bool(depth),
+        optimizer=how,
+    )
+    for depth, tied, moe, recompute, how in (
+        (0, True, {"shared_experts": 0}, Recompute.none, ADAM),
+        (1, False, {"score": "softmax"}, Recompute.selective, replace(ADAM, clip=1e3, weight_decay=0.3)),
+        (2, True, {"aux_alpha": 0.0}, Recompute.full, replace(ADAM, bucket_bytes=1024)),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("layouts", "engines"),
+    [
+        pytest.param([FOLDED], DEEPSPEED[:2], marks=pytest.mark.full),
+        ([PIPED], DEEPSPEED[:2]),
+        ([BESIDE], DEEPSPEED[2:]),
+        pytest.param(THREE, DEEPSPEED[2:], marks=pytest.mark.full),
+    ],
+    ids=["folded", "piped", "beside", "three"],
+)
+def test_engines_of_deepspeed_are_held_to_rounding_and_what_comes_before_them_is_not(
+    layouts: list[Case], engines: tuple[EngineName, ...]
+) -> None:
     """Half of the cases crowded. What is rounded, is: these engines do take the steps."""
-    cases = {engine: replace(layout, engine=engine, crowded=engine is EngineName.zero2) for engine in DEEPSPEED}
+    cases = {
+        f"{engine} {number}": replace(layout, engine=engine, crowded=layout.crowded or engine is EngineName.zero2)
+        for engine in engines
+        for number, layout in enumerate(layouts)
+    }
     for engine, verdict in trial.start(cases).items():
         assert verdict.passed, f"{engine}\n{verdict}"
         rows = {row.what: row for row in verdict.rows}

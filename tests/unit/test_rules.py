@@ -129,7 +129,7 @@ def test_axes_that_are_not_there_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("engine", EngineName)
+@pytest.mark.parametrize("engine", [engine for engine in EngineName if engine is not EngineName.zero3])  # on one stage
 def test_engines_take_schedules_of_whole_backwards(engine: EngineName, name: str) -> None:
     pipeline = PipelineConfig(schedule=ScheduleName(name))
     if engine is EngineName.native or name in ("gpipe", "1f1b", "interleaved_1f1b"):

@@ -23,7 +23,7 @@ def test_ours_and_torch_s_take_all(engine: str) -> None:
     check(EngineName(engine), Precision.fp64, NARROW, KEEP)
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_deepspeed_refuses(engine: str) -> None:
     with pytest.raises(ValueError, match=rf"^parallel.engine={engine} must be .* precision=fp64: "):
         check(EngineName(engine), Precision.fp64, ADAM, KEEP)

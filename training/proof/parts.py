@@ -1,6 +1,6 @@
 """Tensors by name, of which every rank holds its part: reduced over the ranks that hold the same part."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,15 +29,6 @@ def reduce_parts(
         split = joined.split([parts[name].numel() for name in names])
         reduced |= {name: part.view_as(parts[name]) for name, part in zip(names, split, strict=True)}
     return {name: reduced[name] for name in parts}
-
-
-def join_chunks(chunks: Iterable[Chunk], shards: Mapping[str, Shard], mesh: Mesh) -> dict[str, Tensor]:
-    """Each rank's part of every tensor, from what the ranks that hold it keep of it. Names lose what is before "/"."""
-    parts = {name: torch.zeros(shard.shape, dtype=torch.float64) for name, shard in shards.items()}
-    for chunk in chunks:
-        name = chunk.name.partition("/")[2]
-        parts[name][locate(chunk, shards[name])] += chunk.tensor
-    return reduce_parts(parts, shards, mesh, dist.ReduceOp.SUM)
 
 
 def locate(chunk: Chunk, shard: Shard) -> Region:

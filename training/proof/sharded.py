@@ -1,15 +1,14 @@
 """A case's steps on one rank of a layout: built, fed, reduced and updated by what training itself uses."""
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from parallel.build import Shards, build_stages
 from parallel.mesh import Mesh
 from training.engines import build_engine
-from training.gather import name_tensors
+from training.gather import complete, find_tensors, name_tensors
 from training.pipeline import Runner, shape_activations
 from training.proof.case import Case
-from training.proof.parts import Parts, join_chunks
+from training.proof.parts import Parts
 from training.proof.steps import shuffle_experts, take_step
 from training.proof.trace import Trace, copy_tensors
 from training.proof.unaided import trace_unaided
@@ -34,8 +33,5 @@ def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, Shards]:
             trace.moments.extend(chunk._replace(tensor=chunk.tensor.clone()) for chunk in chunks)
         if case.rebalance:
             shuffle_experts(case, stages, shards, engine, mesh, step)
-    final = copy_tensors(stages.values())
-    if any(isinstance(tensor, DTensor) for tensor in final.values()):  # the engine shards what the layout left whole
-        masters = [chunk for chunk in engine.state().chunks if chunk.name.startswith("master/")]
-        final |= join_chunks(masters, shards, mesh)
+    final = {name: complete(tensor).clone() for name, tensor in find_tensors(stages.values()).items()}
     return trace._replace(final=final), shards
