@@ -172,7 +172,7 @@ FSDP2 = [
     (Topology(dp=2), "one depth more", CLIPPED),
     pytest.param(Topology(tp=2), "tied, no compression", CLIPPED, marks=pytest.mark.full),
     pytest.param(Topology(dp=3), "tied, no compression", FREE, marks=pytest.mark.full),
-    (Topology(dp=2, tp=2, ep=4), "one depth more", CLIPPED),
+    pytest.param(Topology(dp=2, tp=2, ep=4), "one depth more", CLIPPED, marks=pytest.mark.full),
 ]
 
 

@@ -83,6 +83,7 @@ def test_a_run_without_a_proof_makes_one_first(proved: subprocess.CompletedProce
     check_proved_first(proved, folder / "runs" / "own", folder / "kept")
 
 
+@pytest.mark.full
 def test_under_torchrun_rank_0_proves_while_the_others_wait(folder: Path, tmp_path: Path) -> None:
     done = train(folder, TORCHRUN, f"proofs={tmp_path / 'kept'}", "run.id=theirs")
     check_proved_first(done, folder / "runs" / "theirs", tmp_path / "kept")

@@ -198,6 +198,7 @@ def test_a_mistake_that_ranks_find_is_printed_once(folder: Path) -> None:
     assert not (folder / "runs" / "mistaken").exists(), "the id is free for the next try"
 
 
+@pytest.mark.full
 def test_under_torchrun_rank_0_alone_prints_a_mistake(folder: Path) -> None:
     _, err = train(folder, TORCHRUN, "run.id=theirs", "optimizer.no_decay=['*nrom*']", code=1)
     assert err.count("shoestring: optimizer.no_decay: the pattern '*nrom*' matches no parameter") == 1
