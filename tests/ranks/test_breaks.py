@@ -252,14 +252,14 @@ def weigh(broken: Break) -> Any:
     return pytest.param(broken, marks=pytest.mark.full) if broken.how == "zero3" else broken
 
 
-@pytest.mark.parametrize("broken", map(weigh, BREAKS + MOVES), ids=name)
+@pytest.mark.parametrize("broken", [weigh(broken) for broken in BREAKS + MOVES], ids=name)
 def test_the_proof_notices(broken: Break, judge: Callable[[Break], tuple[Report, int]]) -> None:
     report, calls = judge(broken)
     assert calls, "the call was never made"
     assert not report.passed, report
 
 
-@pytest.mark.parametrize("control", map(weigh, CONTROLS), ids=name)
+@pytest.mark.parametrize("control", [weigh(control) for control in CONTROLS], ids=name)
 def test_a_planted_call_that_works_passes(control: Break, judge: Callable[[Break], tuple[Report, int]]) -> None:
     report, calls = judge(control)
     assert calls and report.passed, report
