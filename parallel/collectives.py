@@ -3,31 +3,14 @@
 Shapes: n ranks in the group; x [...] on each. Results never depend on timing: sums go in the order of ranks.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.mesh import sums_itself
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Pending(Generic[Result]):
-    """A collective under way."""
-
-    work: dist.Work | None
-    finish: Callable[[], Result]
-
-    def wait(self) -> Result:
-        """The result, once it is there. To be called once."""
-        if self.work is not None:
-            self.work.wait()
-        return self.finish()
+from parallel.pending import Pending
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
@@ -57,7 +40,7 @@ def all_to_all_joined(
     sent: Sequence[int],
     received: Sequence[int],
     group: dist.ProcessGroup,
-) -> Pending[list[Tensor]]:
+) -> Pending[tuple[Tensor | None, ...]]:
     """``all_to_all`` of several tensors [T, width], row beside row in one message, because what short rows cost is
     latency. Rows ``source`` [S] are sent, or all of them.
     """
@@ -65,13 +48,13 @@ def all_to_all_joined(
     joined = torch.cat(row, 1)
     pending = all_to_all(joined if source is None else joined.index_select(0, source), sent, received, group)
 
-    def cut() -> list[Tensor]:
-        pieces = pending.finish().split([part.shape[1] for part in row], 1)
+    def cut(rows: Tensor) -> tuple[Tensor | None, ...]:
+        pieces = rows.split([part.shape[1] for part in row], 1)
         # Copies: of a single row a piece is contiguous where it is, at an offset that its dtype may not have.
         apart = [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
-        return [piece.view(part.dtype) for piece, part in zip(apart, parts, strict=True)]
+        return tuple(piece.view(part.dtype) for piece, part in zip(apart, parts, strict=True))
 
-    return Pending(pending.work, cut)
+    return pending.then(cut)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending[Tensor]:

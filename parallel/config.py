@@ -45,6 +45,18 @@ def name_schedule(pipeline: PipelineConfig) -> str:
 
 
 @dataclass(kw_only=True, slots=True)
+class OverlapConfig:
+    """What is sent while something else is computed."""
+
+    pairs: bool = True  # the pairs of a schedule go together, one computing while the other sends; else in turns
+    pieces: int = 1  # in which tokens go to their experts, who start on the first
+
+    def __post_init__(self) -> None:
+        if self.pieces < 1:
+            raise ValueError(f"parallel.overlap.pieces={self.pieces} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How many ways each axis splits the work. ``dp`` defaults to what the other axes leave of the world."""
 
@@ -54,6 +66,7 @@ class ParallelConfig:
     tp: int = 1  # tensor: a layer over ranks
     ep: int = 1  # expert: routed experts over dp * cp * tp ranks
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
     rebalance_every: int = 0  # steps between moves of experts to even out ranks' loads; 0: experts stay
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from parallel.overlap.lanes import Lanes, choose_lanes
 from parallel.placement import HOLDERS, Placement, Shard, holders
 from parallel.topology import Axis, Topology
 from parallel.traffic import GROUPS, Traffic
@@ -79,6 +80,7 @@ class Mesh:
         self.topology, self.device, self.rank = topology, device, dist.get_rank()
         # What every launcher of torch says of a machine; without one, one machine has all ranks.
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world))
+        self.lanes: Lanes = choose_lanes(device)
         self._timeout = timeout
         self._made: dict[tuple[tuple[int, ...], Traffic], dist.ProcessGroup] = {}
         self._groups = {key: self._make(topology.group(self.rank, key[0]), *key) for key in GROUPS}

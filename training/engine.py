@@ -12,9 +12,12 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from model.transformer import Transformer
+from parallel.overlap.program import Program, Unrolled, unroll
 from training.chunk import Chunk
 
 Hidden = tuple[Tensor, Tensor] | None  # what a stage gave to the next one, and its gradient
+Unrolling = Program[Unrolled]  # a forward that stops wherever something is on its way
 
 
 class Update(NamedTuple):
@@ -62,6 +65,9 @@ class Engine(Protocol):
 
     def forward(self, stage: int, *args: Any) -> Any:
         """Calls the module of ``stage``."""
+
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """``forward``, but stopping wherever something is on its way. Only the native engine's."""
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss``, and of what went to the next stage, to the step's."""
@@ -111,6 +117,12 @@ class Waiting:
     def __bool__(self) -> bool:
         """Whether stages are left."""
         return bool(self._left)
+
+
+def unroll_stage(module: nn.Module, *args: Any) -> Unrolling:
+    """The forward of a stage as a program; ``args`` are those of ``Transformer.forward``."""
+    assert isinstance(module, Transformer)
+    return unroll(module, *args)
 
 
 def differentiate(loss: Tensor, hidden: Hidden) -> None:

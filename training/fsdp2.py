@@ -33,7 +33,7 @@ from parallel.placement import Shard
 from parallel.topology import Axis
 from training.chunk import Chunk, fill
 from training.config import MomentDtype, OptimizerConfig
-from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
+from training.engine import Hidden, Share, State, Unrolling, Update, Waiting, differentiate, name_parameters
 from training.optimizer import Part, match, sum_squares, update
 
 UNEVEN = 16  # rows a rank, from which on one row more or less does not matter
@@ -119,6 +119,10 @@ class Fsdp2:
     def forward(self, stage: int, *args: Any) -> Any:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
+
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """Not to be had here: hooks of modules would see half of a forward."""
+        raise AssertionError("pairs that overlap are for the native engine")
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss`` and of ``hidden`` to the step's, summed over the holders at once."""

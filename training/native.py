@@ -28,7 +28,17 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
 from training.config import MomentDtype, OptimizerConfig
-from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
+from training.engine import (
+    Hidden,
+    Share,
+    State,
+    Unrolling,
+    Update,
+    Waiting,
+    differentiate,
+    name_parameters,
+    unroll_stage,
+)  # fmt: skip
 from training.optimizer import match, sum_squares, update
 from training.slab import Entry, Slab, complete
 
@@ -83,6 +93,10 @@ class Native:
     def forward(self, stage: int, *args: object) -> object:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
+
+    def unroll(self, stage: int, *args: object) -> Unrolling:
+        """Calls the module of ``stage`` segment by segment."""
+        return unroll_stage(self._stages[stage], *args)
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss``, and of what went to the next stage, to the step's."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from configs.schema import TrainConfig
 from parallel.build import Shards, Stages
+from parallel.exchange import cut_tokens
 from parallel.mesh import Mesh
 from training.engines import Engine, hand_over
 from training.machine import Machine, prepare_machine
@@ -48,9 +49,10 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
     machine = prepare_machine(config, mesh)
     text = open_shared_text(config, report, mesh)
     schedule = schedule_batches(config.run, config.data.sequence_length)
-    runner = make_runner(config, mesh)
+    runner = make_runner(config, mesh, machine.compiled)
     mesh.share(runner.pipeline.shared(config.model))
     stages, shards = build_parts(config, mesh, runner.pipeline)
+    cut_tokens(stages.values(), config.parallel.overlap.pieces)
     engine = hand_over(stages, shards, mesh, config)
     if machine.compiled:
         from model.compile import compile_segments

@@ -40,7 +40,7 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
 from training.config import OptimizerConfig
-from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
+from training.engine import Hidden, Share, State, Unrolling, Update, Waiting, differentiate, name_parameters
 from training.optimizer import match, sum_squares
 from training.partition import Partition, connect
 
@@ -89,6 +89,10 @@ class DeepSpeed:
     def forward(self, stage: int, *args: Any) -> Any:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
+
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """Not to be had here: hooks of modules would see half of a forward."""
+        raise AssertionError("pairs that overlap are for the native engine")
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss`` and ``hidden`` to the step's; in stage 2 summed over the holders at once."""

@@ -32,7 +32,7 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import Chunk, fill
 from training.config import OptimizerConfig
-from training.engine import Hidden, State, Update, differentiate, name_parameters
+from training.engine import Hidden, State, Unrolling, Update, differentiate, name_parameters
 from training.optimizer import match, sum_squares
 from training.partition import connect, cut_chunks, set_steps, start_moments
 
@@ -70,6 +70,10 @@ class Zero3:
     def forward(self, stage: int, *args: Any) -> Any:
         """Calls the model."""
         return self._model(*args)
+
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """Not to be had here: hooks of modules would see half of a forward."""
+        raise AssertionError("pairs that overlap are for the native engine")
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss`` to the step's: their means over the ranks. Collective."""

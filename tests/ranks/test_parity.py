@@ -50,7 +50,7 @@ def choices(case: Case) -> dict[str, Any]:
     router = "softmax" if moe.score == "softmax" else "sigmoid in groups" if moe.groups > 1 else "sigmoid"
     pipeline = case.pipeline
     piped = {
-        "schedule": pipeline.schedule,
+        "pairs": case.overlap.pairs,
         "virtual": pipeline.virtual,
         "divided": "by cost" if pipeline.layers is None else "as drawn",
         "spare": model.num_layers - len(case.stages.layers),
@@ -58,6 +58,8 @@ def choices(case: Case) -> dict[str, Any]:
     return {
         **(piped if len(case.stages.layers) > 1 else {}),
         "topology": case.topology,
+        "schedule": pipeline.schedule,
+        "pieces": case.overlap.pieces,
         "engine": case.engine,
         "shared": moe.shared_experts,
         "router": router,
@@ -96,7 +98,7 @@ def test_drawn_layouts_meet_in_pairs(cases: list[Case], share: float) -> None:
     values = [{(name, value) for pair in drawn for name, value in pair if name == wanted} for wanted in CHOICES]
     for name, found in zip(CHOICES, values, strict=True):
         assert {value for _, value in found} == set(CHOICES[name]), name
-    refused = len(Recompute) - 1 + 1  # fsdp2 with each kind of recomputation, and with moving experts
+    refused = len(Recompute) - 1 + 2  # fsdp2 with each kind of recomputation, with moving experts and with pairs
     possible = sum(len(a) * len(b) for a, b in itertools.combinations(values, 2)) - refused
     covered = sum(1 for (a, _), (b, _) in drawn if a in CHOICES and b in CHOICES)
     assert covered >= share * possible
