@@ -15,7 +15,7 @@ from training.proof.case import Case
 from training.proof.prove import prove
 from training.proof.report import Report
 
-FEW = draw_layouts(seed=0, count=20, ranks=range(2, 5), most_tp=2)
+FEW = draw_layouts(seed=7, count=24, ranks=range(2, 5), most_tp=2)
 MANY = draw_layouts(seed=1, count=60, ranks=range(2, 9), most_tp=8)
 FEW_PIPED = draw_layouts(seed=2, count=20, ranks=range(2, 5), most_tp=2, stages=range(2, 5))
 MANY_PIPED = draw_layouts(seed=3, count=60, ranks=range(2, 9), most_tp=4, stages=range(2, 5))
