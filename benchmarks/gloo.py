@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4, help="at least 2")
     parser.add_argument("--rate", type=float, action="append", help="Mbit/s; may be given several times; 0: no limit")
     options = parser.parse_args()
+    if options.ranks < 2:
+        parser.error("--ranks must be at least 2")
     if reason := can_make():
         raise SystemExit(reason)
     began = time.perf_counter()

@@ -68,7 +68,8 @@ class Links(NamedTuple):
     def shape(self, megabits: float | None) -> None:
         """Gives all links, in both directions, a rate in Mbit/s, at once and live; None: no limit.
 
-        Takes a few milliseconds, in which links differ. Raises ValueError for a rate that is none, OSError where the
+        Takes a few milliseconds, in which links differ. A message on its way goes on at the new rate; what waits on a
+        link is lost, and sent again, when the limit ends. Raises ValueError for a rate that is none, OSError where the
         kernel refuses it.
         """
         queue = describe(megabits)
@@ -174,7 +175,7 @@ def can_make() -> str | None:
         with Network(1, 1000.0):
             return None
     except OSError as error:
-        return f"{error} (needs root: CAP_SYS_ADMIN and CAP_NET_ADMIN)"
+        return f"{error.strerror or error} (needs root: CAP_SYS_ADMIN and CAP_NET_ADMIN)"
 
 
 def make_namespace() -> int:
@@ -195,9 +196,11 @@ def inside(path: str | None) -> Iterator[None]:
             _system("unshare", CLONE_NEWNET)
         else:
             enter(path)
-        yield
+        try:
+            yield
+        finally:
+            _system("setns", own, CLONE_NEWNET)
     finally:
-        _system("setns", own, CLONE_NEWNET)
         os.close(own)
 
 
