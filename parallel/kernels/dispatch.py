@@ -32,7 +32,6 @@ from torch import Tensor
 
 from model.exchange import Copies
 from parallel.kernels.flags import Launch, find, find_flags, raise_flag, wait_for
-from parallel.kernels.tile import span
 
 
 class Rows(NamedTuple):
@@ -78,13 +77,14 @@ def _dispatch(memory, rows, size, rank, block: tl.constexpr):  # type: ignore[no
         blocks = tl.cdiv(count, block.rows)
         # Blocks are dealt out as if they were one row over all ranks, so that programs have equally many.
         for b in range((tl.program_id(0) + programs - done % programs) % programs, blocks, programs):
-            places, inside = span(b * block.rows, block.rows, count)
-            tokens = tl.load(rows.source + start + places)
+            places = b * block.rows + tl.arange(0, block.rows)
+            inside = places < count
+            tokens = tl.load(rows.source + start + places, mask=inside, other=0)
             for column in range(0, size.width, block.columns):
                 columns = column + tl.arange(0, block.columns)
                 mask = inside[:, None] & (columns < size.width)[None, :]
-                values = tl.load(memory.tokens + tokens[:, None] * size.width + columns[None, :], mask=mask)
-                tl.store(buffer + places[:, None] * size.width + columns[None, :], values, mask=mask)
+                values = tl.load(memory.tokens + tokens[:, None].to(tl.int64) * size.width + columns[None, :], mask=mask)
+                tl.store(buffer + places[:, None].to(tl.int64) * size.width + columns[None, :], values, mask=mask)
             raise_flag(
                 find_flags(memory.arrived, there) + rank, tl.minimum(count - b * block.rows, block.rows)
             )

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.kernels.flags import wait_for
-from parallel.kernels.tile import Tile, multiply, span
+from parallel.kernels.tile import Tile, multiply
 
 
 class _Memory(NamedTuple):
@@ -57,12 +57,15 @@ def _gather_matmul(memory, size, rank, tile: tl.constexpr):  # type: ignore[no-u
         if row < end:
             if source != rank:
                 wait_for(memory.arrived + source * chunks + chunk, 1)
-            rows, in_rows = span(row, tile.rows, end)
-            columns, in_columns = span(t // down % across * tile.columns, tile.columns, size.columns)
+            rows = row + tl.arange(0, tile.rows)
+            columns = t // down % across * tile.columns + tl.arange(0, tile.columns)
             first = source.to(tl.int64) * size.rows
-            total = multiply(memory.gathered + first * size.depth, memory.weight, rows, columns, size.depth, tile)
-            places = memory.out + (first + rows[:, None]) * size.columns + columns[None, :]
-            tl.store(places, total.to(memory.out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+            x = memory.gathered + first * size.depth
+            exist, real = tl.minimum(rows, end - 1), tl.minimum(columns, size.columns - 1)
+            total = multiply(x, memory.weight, exist, real, size.depth, tile)
+            places = memory.out + first * size.columns + rows[:, None] * size.columns + columns[None, :]
+            inside = (rows < end)[:, None] & (columns < size.columns)[None, :]
+            tl.store(places, total.to(memory.out.dtype.element_ty), mask=inside)
 
 
 def gather_matmul(
@@ -79,6 +82,7 @@ def gather_matmul(
     assert depth == k and gathered.dtype == weight.dtype and 0 <= rank < ranks and programs > 0
     assert arrived.dtype == torch.int32 and arrived.shape == (ranks, triton.cdiv(rows, chunk)), "chunks are uneven"
     assert gathered.is_contiguous() and arrived.is_contiguous() and weight.is_contiguous()
+    assert max(rows * depth, rows * columns, weight.numel()) < 2**31
     out = gathered.new_empty(ranks, rows, columns)
     size = _Size(ranks, rows, chunk, columns, depth)
     _gather_matmul[(programs,)](

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.kernels.flags import Launch, find, find_flags, raise_flag, wait_for
-from parallel.kernels.tile import Tile, multiply, span
+from parallel.kernels.tile import Tile, multiply
 
 
 class _Memory(NamedTuple):
@@ -61,13 +61,14 @@ def _matmul_scatter(memory, size, rank, tile: tl.constexpr):  # type: ignore[no-
         end = tl.minimum((chunk + 1) * size.chunk, size.rows)
         if row < end:
             column = t // down % across * tile.columns
-            rows, in_rows = span(row, tile.rows, end)
-            columns, in_columns = span(column, tile.columns, size.columns)
+            rows, columns = row + tl.arange(0, tile.rows), column + tl.arange(0, tile.columns)
             x = memory.x + owner.to(tl.int64) * size.rows * size.depth
-            total = multiply(x, memory.weight, rows, columns, size.depth, tile)
+            exist, real = tl.minimum(rows, end - 1), tl.minimum(columns, size.columns - 1)
+            total = multiply(x, memory.weight, exist, real, size.depth, tile)
             slot = find(memory.slots, owner, kind) + tl.cast(rank, tl.int64) * size.rows * size.columns
             places = slot + rows[:, None] * size.columns + columns[None, :]
-            tl.store(places, total.to(kind), mask=in_rows[:, None] & in_columns[None, :])
+            inside = (rows < end)[:, None] & (columns < size.columns)[None, :]
+            tl.store(places, total.to(kind), mask=inside)
             written = tl.minimum(end - row, tile.rows) * tl.minimum(size.columns - column, tile.columns)
             raise_flag(find_flags(memory.arrived, owner) + rank * chunks + chunk, written)
 
@@ -81,9 +82,10 @@ def _sum_slots(memory, size, block: tl.constexpr):  # type: ignore[no-untyped-de
         row = chunk * size.chunk + t % down * block.rows
         end = tl.minimum((chunk + 1) * size.chunk, size.rows)
         if row < end:
-            rows, in_rows = span(row, block.rows, end)
-            columns, in_columns = span(t // down % across * block.columns, block.columns, size.columns)
-            places, inside = rows[:, None] * size.columns + columns[None, :], in_rows[:, None] & in_columns[None, :]
+            rows = row + tl.arange(0, block.rows)
+            columns = t // down % across * block.columns + tl.arange(0, block.columns)
+            places = rows[:, None] * size.columns + columns[None, :]
+            inside = (rows < end)[:, None] & (columns < size.columns)[None, :]
             total = tl.zeros((block.rows, block.columns), dtype=tl.float32)
             for source in range(size.ranks):
                 complete = (end - chunk * size.chunk) * size.columns
@@ -114,7 +116,7 @@ def matmul_scatter(
     assert depth == k and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous()
     assert triton.cdiv(rows, chunk) == tables.chunks, "chunks are uneven"
     assert tables.slots.shape == tables.arrived.shape == (ranks,) and 0 <= rank < ranks and programs > 0
-    assert chunk * columns < 2**31, "a flag counts elements"
+    assert max(rows * depth, rows * columns, weight.numel()) < 2**31  # a flag counts up to chunk * columns
     _matmul_scatter[(programs,)](
         _Memory(x, weight, tables.slots, tables.arrived),
         _Size(ranks, rows, chunk, columns, depth),
@@ -132,7 +134,7 @@ def sum_slots(slots: Tensor, arrived: Tensor, programs: int, launch: Launch | No
     ranks, rows, columns = slots.shape
     chunk = triton.cdiv(rows, arrived.shape[1])
     assert arrived.dtype == torch.int32 and arrived.shape == (ranks, triton.cdiv(rows, chunk)), "chunks are uneven"
-    assert slots.is_contiguous() and arrived.is_contiguous() and programs > 0
+    assert slots.is_contiguous() and arrived.is_contiguous() and programs > 0 and rows * columns < 2**31
     out = slots.new_empty(rows, columns)
     _sum_slots[(programs,)](
         _Sums(slots, arrived, out),

@@ -25,19 +25,23 @@ class Tile(NamedTuple):
     columns: int = 256
     depth: int = 64
     warps: int = 8
-    stages: int = 3  # steps of K in flight
+    stages: int = 4  # steps of K in flight
+
+
+AMD = Tile(columns=128, stages=2)  # one step of 32 KiB in the 64 KiB of shared memory, and one in registers
 
 
 def default_tile() -> Tile:
-    """What fits: NVIDIA's shared memory holds three stages of 48 KiB, gfx942's 64 KiB hold one of 32 KiB."""
-    return Tile(128, 128, 64, 8, 2) if torch.version.hip else Tile()
+    """What fits without spilling registers. Nothing has been timed."""
+    return AMD if torch.version.hip else Tile()
 
 
 @triton.jit
 def multiply(x, weight, rows, columns, depth, tile: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows of x [., depth] times ``columns``, which are rows of weight [., depth] -> float32 [rows, columns].
 
-    ``rows`` and ``columns`` are int64 and all of them exist; ``depth`` may be ragged.
+    All of ``rows`` and ``columns`` exist: a ragged tile repeats its last. ``depth`` may be ragged. Within x and weight an
+    int32 reaches everything.
     """
     k = tl.arange(0, tile.depth)
     left = x + rows[:, None] * depth + k[None, :]
@@ -51,10 +55,3 @@ def multiply(x, weight, rows, columns, depth, tile: tl.constexpr):  # type: igno
         left += tile.depth
         right += tile.depth
     return total
-
-
-@triton.jit
-def span(start, length: tl.constexpr, end):  # type: ignore[no-untyped-def]
-    """``start``, ``start`` + 1 ... as int64 [length], and which of them are below ``end``; the others repeat the last."""
-    places = start + tl.arange(0, length)
-    return tl.minimum(places, end - 1).to(tl.int64), places < end

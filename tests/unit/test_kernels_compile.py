@@ -1,0 +1,107 @@
+"""Every kernel compiles ahead of time for three targets, without a device; what comes out is read."""
+
+import importlib.metadata
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "kernels.md"
+TARGETS = ("cuda:90", "cuda:100", "hip:gfx942")
+PRODUCTS = ("gather_matmul", "matmul_scatter")
+WAIT = ("gather_matmul", "sum_slots", "combine", "await_flags")
+RAISE = ("matmul_scatter", "dispatch", "announce", "mark")
+COMPILE = """
+import pickle, sys
+from parallel.kernels.compile import compile_kernels
+made = [tuple(c) for target in sys.argv[1:] for c in compile_kernels(target)]
+sys.stdout.buffer.write(pickle.dumps(made))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """From (kernel, target) to what was made of it, by a process that does nothing else."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILE, *TARGETS],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    made = pickle.loads(run.stdout)  # noqa: S301 (written above)
+    return {(kernel, target): rest for kernel, target, *rest in made}
+
+
+def test_every_kernel_compiles_for_every_target(compiled: dict[tuple[str, str], Any]) -> None:
+    assert {target for _, target in compiled} == set(TARGETS)
+    assert {kernel for kernel, _ in compiled} == {*WAIT, *RAISE}
+    assert len(compiled) == len(TARGETS) * len({*WAIT, *RAISE})
+    texts = [path.read_text() for path in (ROOT / "parallel" / "kernels").glob("*.py")]
+    jitted = [name for text in texts for name in re.findall(r"@triton\.jit.*\ndef (_\w+)\(", text)]
+    assert len(jitted) == len({*WAIT, *RAISE}), "a kernel that nothing compiles"
+
+
+def test_binaries_are_for_their_targets(compiled: dict[tuple[str, str], Any]) -> None:
+    for (kernel, target), (registers, spills, shared, _, binary) in compiled.items():
+        assert binary[:4] == b"\x7fELF" and registers > 0, (kernel, target)
+        assert spills == 0, f"{kernel} spills on {target}"
+        assert shared <= (65536 if target.startswith("hip") else 232448), (kernel, target)
+
+
+@pytest.mark.parametrize("kernel", PRODUCTS)
+@pytest.mark.parametrize(("target", "word"), zip(TARGETS, ("wgmma.mma_async", "tcgen05.mma", "v_mfma_f32"), strict=True))
+def test_products_use_the_matrix_units(
+    compiled: dict[tuple[str, str], Any], kernel: str, target: str, word: str
+) -> None:
+    text = compiled[kernel, target][3]
+    assert word in text
+    # The accelerator's loads would need more than these flags to be ordered behind a peer's stores.
+    assert "cp.async.bulk" not in text and "tensor.1d" not in text
+
+
+@pytest.mark.parametrize("kernel", WAIT)
+def test_waits_acquire_from_the_system(compiled: dict[tuple[str, str], Any], kernel: str) -> None:
+    for target in TARGETS[:2]:
+        text = compiled[kernel, target][3]
+        poll = text.index("ld.relaxed.sys.global.b32")
+        fence = text.index("fence.acquire.sys;", poll)
+        assert re.match(r"fence\.acquire\.sys;\s+bar\.sync", text[fence:]) or kernel == "await_flags"
+    assert "ld.global.nc" not in text
+    asm = compiled[kernel, "hip:gfx942"][3]
+    assert re.search(r"global_load_dword v\d+, .* sc0 sc1\n", asm) and "buffer_inv sc0 sc1" in asm
+
+
+@pytest.mark.parametrize("kernel", RAISE)
+def test_flags_are_raised_behind_the_stores_of_the_whole_program(
+    compiled: dict[tuple[str, str], Any], kernel: str
+) -> None:
+    for target in TARGETS[:2]:
+        text = compiled[kernel, target][3]
+        (flag,) = (match.start() for match in re.finditer(r"red\.global\.sys\.release\.add\.u32", text))
+        if kernel in ("matmul_scatter", "dispatch"):
+            stores = [match.start() for match in re.finditer(r"st\.global", text)]
+            assert "bar.sync" in text[max(place for place in stores if place < flag) : flag]
+            assert "st.global.v4.b32" in text, "rows leave 16 bytes at a time"
+    asm = compiled[kernel, "hip:gfx942"][3]
+    assert re.search(r"buffer_wbl2 sc0 sc1\n(?:.*\n)*?\s*s_waitcnt vmcnt\(0\)\n\s*global_atomic_add .* sc1\n", asm)
+
+
+def shown() -> tuple[str, list[list[str]]]:
+    """The version and the table that docs/kernels.md shows."""
+    version, lines = re.search(r"^    Triton (\S+)\n    kernel .*\n((?:    .*\n)+)", PAGE.read_text(), re.M).groups()  # type: ignore[union-attr]
+    return version, [line.split() for line in lines.splitlines()]
+
+
+def test_the_page_shows_what_is_printed(compiled: dict[tuple[str, str], Any]) -> None:
+    version, rows = shown()
+    assert [tuple(row[:2]) for row in rows] == list(compiled)
+    if version == importlib.metadata.version("triton"):
+        assert [[int(x) for x in row[2:]] for row in rows] == [list(made[:3]) for made in compiled.values()]
