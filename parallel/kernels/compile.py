@@ -95,10 +95,10 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def _rows() -> dispatch.Rows:
-    counts = [_meta(RANKS, dtype=torch.int32) for _ in range(3)]
-    sent = 4 * ROWS
-    places = [_meta(sent, dtype=torch.int32) for _ in range(2)]
-    return dispatch.Rows(_meta(sent, dtype=torch.int64), *counts, *places, _meta(ROWS, dtype=torch.int64))
+    sent, of_ranks = 4 * ROWS, _meta(RANKS, dtype=torch.int32)
+    source, of_copies = _meta(sent, dtype=torch.int64), _meta(sent, dtype=torch.int32)
+    starts = _meta(ROWS, dtype=torch.int64)
+    return dispatch.Rows(source, of_ranks, of_ranks, of_ranks, of_copies, of_copies, starts)
 
 
 class _NoDevice(DriverBase):

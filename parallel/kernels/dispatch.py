@@ -1,7 +1,7 @@
 """Expert dispatch that writes rows straight into the peers' buffers, and the combine that reads rows straight out.
 
-    dispatch   tokens [T, H] of rank s ---- row by row, through the table ----> buffer of rank p, from row first[s, p] on
-                                                    then add their number ----> arrived[s] of rank p
+    dispatch   tokens [T, H] of rank s --- row by row, through the table ---> buffer of rank p, from row first[s, p] on
+                                                   then add their number ---> arrived[s] of rank p
     experts    rank p waits until arrived[s] is what s sends, for all s; what they make of a row takes its place
     announce   rank p adds 1 to ready[p] of every rank
     combine    rank s waits for ready, reads the rows of each of its tokens where they lie, and sums them -> [T, H]
@@ -83,11 +83,11 @@ def _dispatch(memory, rows, size, rank, block: tl.constexpr):  # type: ignore[no
             for column in range(0, size.width, block.columns):
                 columns = column + tl.arange(0, block.columns)
                 mask = inside[:, None] & (columns < size.width)[None, :]
-                values = tl.load(memory.tokens + tokens[:, None].to(tl.int64) * size.width + columns[None, :], mask=mask)
+                values = tl.load(
+                    memory.tokens + tokens[:, None].to(tl.int64) * size.width + columns[None, :], mask=mask
+                )
                 tl.store(buffer + places[:, None].to(tl.int64) * size.width + columns[None, :], values, mask=mask)
-            raise_flag(
-                find_flags(memory.arrived, there) + rank, tl.minimum(count - b * block.rows, block.rows)
-            )
+            raise_flag(find_flags(memory.arrived, there) + rank, tl.minimum(count - b * block.rows, block.rows))
         done += blocks
 
 

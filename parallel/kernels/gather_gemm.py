@@ -6,9 +6,9 @@ y = gathered times weight^T, where gathered holds the shards of all ranks, and a
                                                 ^     ^ flag set: its tiles run
     arrived  [n, chunks]                      here already; no flag is asked
 
-The program of a tile waits on the flag of the tile's chunk (``parallel.kernels.flags``) and for nothing else. Chunks are
-copied in the same order as their tiles are computed, own first and then round the ring, so that no two ranks start by
-reading from the same peer. What arrives is kept: the gathered buffer is what the weight gradient multiplies.
+The program of a tile waits on the flag of the tile's chunk (``parallel.kernels.flags``) and for nothing else. Chunks
+are copied in the order in which their tiles are computed, own first and then round the ring, so that no two ranks start
+by reading from the same peer. What arrives is kept: the gathered buffer is what the weight gradient multiplies.
 
 The grid is bounded: ``programs`` of them stay on the device, and each takes every ``programs``-th tile. With a program
 for every tile, those that wait could fill the device, and where a copy needs a multiprocessor too (the kernel that sets

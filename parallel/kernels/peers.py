@@ -5,10 +5,10 @@
     barrier      of all ranks, on the stream: separates one use of the buffers from the next
 
 A use is: barrier, write or read and wait for flags, zero this rank's own flags. So flags are zero when a barrier lets
-the next use begin. Where peers read this rank's buffer, another barrier closes the use, after which it may be overwritten.
-A buffer serves one call at a time, on one stream.
+the next use begin. Where peers read this rank's buffer, another barrier closes the use; then it may be overwritten. A
+buffer serves one call at a time, on one stream.
 
-All shapes are as in gather_gemm, gemm_scatter and dispatch beside this file. Source: torch.distributed._symmetric_memory
+Shapes are as in gather_gemm, gemm_scatter and dispatch beside this file. Source: torch.distributed._symmetric_memory
 (a prototype, whose names may change). Never run on a GPU: the calls are checked on buffers in memory that processes
 share, ``connect`` with a handle that is made up. docs/kernels.md says more.
 """

@@ -40,8 +40,8 @@ def default_tile() -> Tile:
 def multiply(x, weight, rows, columns, depth, tile: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows of x [., depth] times ``columns``, which are rows of weight [., depth] -> float32 [rows, columns].
 
-    All of ``rows`` and ``columns`` exist: a ragged tile repeats its last. ``depth`` may be ragged. Within x and weight an
-    int32 reaches everything.
+    All of ``rows`` and ``columns`` exist: a ragged tile repeats its last. ``depth`` may be ragged. Within x and weight
+    an int32 reaches everything.
     """
     k = tl.arange(0, tile.depth)
     left = x + rows[:, None] * depth + k[None, :]

@@ -5,9 +5,9 @@ import time
 from typing import Any
 
 import torch
-from parallel.kernels import gather_gemm
 from torch import Tensor
 
+from parallel.kernels import gather_gemm
 from parallel.kernels.gather_gemm import gather_matmul, reference
 from parallel.kernels.tile import Tile
 

@@ -1,8 +1,8 @@
 """Triton's interpreter in a process of its own: whether kernels are interpreted is settled when Triton is imported.
 
-    test ---- Interpreter.run("interpreted_gather:check_numbers", ...) ---> worker, TRITON_INTERPRET=1
-                                                                              |  fork, memory shared
-                                                                       rank 0, rank 1 ... where a check has ranks
+test ---- Interpreter.run("interpreted_gather:check_numbers", ...) ---> worker, TRITON_INTERPRET=1
+                                                                          |  fork, memory shared
+                                                                   rank 0, rank 1 ... where a check has ranks
 """
 
 import importlib
@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partialmethod
 from typing import Any
 
-LIMIT = 60.0  # seconds for a check
+LIMIT = 100.0  # seconds for a check
 
 
 class Interpreter:

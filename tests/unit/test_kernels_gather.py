@@ -10,9 +10,7 @@ from interpreted_start import Interpreter
     [(1, (16, 16, 16), 1), (2, (21, 19, 37), 2), (4, (17, 33, 5), 3)],
     ids=["one rank", "ragged", "narrow"],
 )
-def test_numbers(
-    interpreter: Interpreter, ranks: int, shape: tuple[int, int, int], chunks: int, dtype: str
-) -> None:
+def test_numbers(interpreter: Interpreter, ranks: int, shape: tuple[int, int, int], chunks: int, dtype: str) -> None:
     interpreter.run("interpreted_gather:check_numbers", ranks, shape, chunks, dtype)
 
 
