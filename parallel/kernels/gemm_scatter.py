@@ -7,8 +7,8 @@ Each rank has a slice of K and so a part of every sum, x [n, rows, K] times weig
     rank r, sum        waits for arrived[s, chunk], s = 0, 1 ... and adds slots[0] + slots[1] + ... in this order
 
 A flag counts the elements of its chunk that have been written, and is complete at (rows of the chunk) x N, whatever
-the tiles were. Slots have the dtype of x: a part of a sum is rounded once, the sum is made in float32 and rounded once more,
-always in the order of ranks, so that results do not depend on timing. Sums are a kernel of their own, after the
+the tiles were. Slots have the dtype of x: a part of a sum is rounded once, the sum is made in float32 and rounded once
+more, always in the order of ranks, so that results do not depend on timing. Sums are a kernel of their own, after the
 product on the same stream: a rank that waits has sent all that others wait for, so that nobody waits in a circle.
 
 Shapes: n ranks, rows that each owns, K depth of this rank's slice, N columns, chunks of the rows.

@@ -15,7 +15,7 @@ share, ``connect`` with a handle that is made up. docs/kernels.md says more.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -41,8 +41,8 @@ class Peers:
     barrier: Callable[[], None]
     programs: int  # grid of the kernels that wait
     stream: torch.cuda.Stream | None = None  # for copies; None on a CPU
-    table: Tensor = None  # type: ignore[assignment]  # [n] int64, addresses of buffers
-    flag_table: Tensor = None  # type: ignore[assignment]  # [n] int64, addresses of flags
+    table: Tensor = field(init=False)  # [n] int64, addresses of buffers
+    flag_table: Tensor = field(init=False)  # [n] int64, addresses of flags
 
     def __post_init__(self) -> None:
         assert len(self.buffers) == len(self.flags) and all(t.is_contiguous() for t in (*self.buffers, *self.flags))

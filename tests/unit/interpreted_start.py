@@ -11,7 +11,6 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partialmethod
 from typing import Any
 
@@ -22,15 +21,53 @@ class Interpreter:
     """A worker that runs checks one after the other, and raises here what they raise there."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, initializer=prepare)
+        self._start()
 
-    def run(self, name: str, *args: Any) -> Any:
-        """``name`` is module:function."""
-        return self._pool.submit(call, name, *args).result(LIMIT)
+    def run(self, name: str, *args: Any) -> None:
+        """``name`` is module:function. A check that takes too long costs the worker its life."""
+        self._end.send((name, args))
+        if not self._end.poll(LIMIT):
+            self._process.kill()
+            self._start()
+            raise TimeoutError(f"{name} after {LIMIT:g} s")
+        error = self._end.recv()
+        assert error is None, error
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._end.close()
+        self._process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._end, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs,))
+        self._process.start()
+        theirs.close()
+
+
+def serve(end: Any) -> None:
+    """The worker's life: until the other end is closed."""
+    prepare()
+    while True:
+        try:
+            name, args = end.recv()
+        except EOFError:
+            return
+        end.send(caught(call, name, *args))
+
+
+def call(name: str, *args: Any) -> None:
+    module, _, function = name.partition(":")
+    getattr(importlib.import_module(module), function)(*args)
+
+
+def caught(function: Callable[..., None], *args: Any) -> str | None:
+    """The traceback of what ``function`` raises."""
+    try:
+        function(*args)
+    except BaseException:
+        return traceback.format_exc()
+    return None
 
 
 def prepare() -> None:
@@ -69,11 +106,6 @@ def cast_impl(builder: Any, plain: Callable[..., Any], x: Any, kind: Any) -> Any
     return TensorHandle(bits, kind.scalar)
 
 
-def call(name: str, *args: Any) -> Any:
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)(*args)
-
-
 def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
     """``function(rank, *args)`` in forked processes: tensors in shared memory have one address in all of them."""
     context = multiprocessing.get_context("fork")
@@ -96,8 +128,4 @@ def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
 
 
 def _rank(rank: int, end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    try:
-        function(rank, *args)
-        end.send(None)
-    except BaseException:
-        end.send(traceback.format_exc())
+    end.send(caught(function, rank, *args))
