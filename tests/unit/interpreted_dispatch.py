@@ -72,6 +72,27 @@ def check_dispatch(tokens: list[int], width: int, dtype: str, idle: int = -1) ->
         assert (spare.isnan() | (spare == 255)).all(), "rows behind the last"
 
 
+def check_order_of_rows() -> None:
+    """The next rank's rows first, then round the ring, this rank's own last; a flag rises behind what it counts."""
+    routed = Routed([4, 9, 5], 40, torch.float32)
+    raise_flag, seen = kernels.raise_flag, []
+    starts = [flags.data_ptr() for flags in routed.arrived]
+
+    def logged(flag: Any, by: Any) -> None:
+        seen.append(starts.index(flag.handle.data.item() - 4))  # flag [1] of the rank
+        raise_flag(flag, by)
+        written = routed.buffers[seen[-1]].isfinite().all(dim=1).sum()
+        assert written == routed.arrived[seen[-1]][1]
+
+    kernels.raise_flag = logged
+    try:
+        routed.send(1, programs=1)
+    finally:
+        kernels.raise_flag = raise_flag
+    blocks = [-(-int(sent) // LAUNCH.rows) for sent in routed.counts[1]]
+    assert seen == [2] * blocks[2] + [0] * blocks[0] + [1] * blocks[1] and max(blocks) > 1
+
+
 def check_combine(tokens: list[int], width: int, dtype: str, idle: int = -1) -> None:
     """Bit for bit the sum in the order of ranks."""
     routed = Routed(tokens, width, getattr(torch, dtype), idle)
@@ -128,8 +149,8 @@ def _rank(rank: int, routed: Routed) -> None:
     routed.send(rank)
     received = routed.receive(rank)
     assert torch.equal(received, routed.sent(rank))
+    time.sleep(0.2 * rank)  # rows that are read too early are not doubled yet
     received.mul_(2)
-    time.sleep(0.1 * rank)
     announce(routed.tables[2], rank)
     wanted = reference_combine([routed.sent(r) * 2 for r in range(n)], routed.copies[rank], routed.counts, rank)
     assert torch.equal(routed.bring_back(rank), wanted)

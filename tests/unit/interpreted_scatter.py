@@ -63,21 +63,23 @@ def check_order_of_sums() -> None:
 
 
 def check_order_of_tiles() -> None:
-    """The next rank's tiles first, then round the ring, this rank's own last."""
-    group = Group(3, (16, 16, 16), 1, torch.float32)
+    """The next rank's tiles first, then round the ring, this rank's own last; a flag rises behind what it counts."""
+    group = Group(3, (20, 40, 16), 1, torch.float32)
     raise_flag, owners = gemm_scatter.raise_flag, []
     starts = [flags.data_ptr() for flags in group.flags]
 
     def logged(flag: Any, by: Any) -> None:
         owners.append(starts.index(flag.handle.data.item() - 4))  # flag [1, 0] of its owner
         raise_flag(flag, by)
+        written = group.slots[owners[-1]][1].isfinite().sum()
+        assert written == group.flags[owners[-1]][1, 0]
 
     gemm_scatter.raise_flag = logged
     try:
         group.multiply(1, programs=1)
     finally:
         gemm_scatter.raise_flag = raise_flag
-    assert owners == [2, 0, 1]
+    assert owners == [2] * 6 + [0] * 6 + [1] * 6
 
 
 def check_ranks(ranks: int, dtype: str) -> None:

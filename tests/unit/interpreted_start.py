@@ -90,8 +90,10 @@ def create_dot(builder: Any, plain: Callable[..., Any], a: Any, b: Any, *rest: A
 
 
 def create_atomic_poll(builder: Any, plain: Callable[..., Any], flag: Any, value: Any, limit: Any, *rest: Any) -> Any:
-    """It would take no time limit for one, and fail as soon as it has to wait."""
-    return plain(builder, flag, value, limit if hasattr(limit, "data") else None, *rest)
+    """It would take no time limit for one, and fail as soon as it has to wait. And it leaves no time to others."""
+    while builder.create_load(flag, None, True).data.item() != value.data.item():
+        time.sleep(0.0005)
+    return plain(builder, flag, value, None, *rest)
 
 
 def cast_impl(builder: Any, plain: Callable[..., Any], x: Any, kind: Any) -> Any:

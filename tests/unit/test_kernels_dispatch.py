@@ -18,6 +18,10 @@ def test_a_rank_that_nothing_is_sent_to(interpreter: Interpreter, idle: int) -> 
     interpreter.run("interpreted_dispatch:check_combine", [4, 5, 3, 2], 16, "float32", idle)
 
 
+def test_rows_of_others_come_first(interpreter: Interpreter) -> None:
+    interpreter.run("interpreted_dispatch:check_order_of_rows")
+
+
 def test_rows_may_be_bytes(interpreter: Interpreter) -> None:
     interpreter.run("interpreted_dispatch:check_dispatch", [5, 6], 37, "uint8")
 
