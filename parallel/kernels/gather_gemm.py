@@ -15,7 +15,7 @@ for every tile, those that wait could fill the device, and where a copy needs a 
 the flag does) it would never get one: both would wait for ever. Leave it some, as ``parallel.kernels.peers`` does.
 
 Shapes: n ranks, rows of a shard, K depth, N columns, chunks = ceil(rows / chunk).
-Source: Flux, arXiv 2406.06858, section 4.3; Triton-distributed, arXiv 2504.19442, section 4.
+Source: Flux, arXiv 2406.06858; Triton-distributed, arXiv 2504.19442.
 Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 

@@ -12,7 +12,7 @@ more, always in the order of ranks, so that results do not depend on timing. Sum
 product on the same stream: a rank that waits has sent all that others wait for, so that nobody waits in a circle.
 
 Shapes: n ranks, rows that each owns, K depth of this rank's slice, N columns, chunks of the rows.
-Source: Flux, arXiv 2406.06858, section 4.1; Triton-distributed, arXiv 2504.19442, section 4.
+Source: Flux, arXiv 2406.06858; Triton-distributed, arXiv 2504.19442.
 Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 

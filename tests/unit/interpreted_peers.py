@@ -88,6 +88,7 @@ def _there_and_back(rank: int, routed: Routed, there: Shared, back: Shared) -> N
         assert torch.equal(arrived, routed.sent(rank) + use)
         home.buffer[: len(arrived)] = arrived * 2
         got = edge.combine_rows(home, rows, len(routed.tokens[rank]))
+        home.buffer.fill_(torch.nan)  # nobody reads it any more
         made = [(routed.sent(r) + use) * 2 for r in range(n)]
         assert torch.equal(got, reference_combine(made, routed.copies[rank], routed.counts, rank))
 

@@ -20,7 +20,7 @@ def test_matmul_reduce_scatter(interpreter: Interpreter, ranks: int) -> None:
     interpreter.run("interpreted_peers:check_matmul_reduce_scatter", ranks)
 
 
-@pytest.mark.parametrize("tokens", [[6, 5], pytest.param([5, 0, 7, 3], marks=pytest.mark.full)])
+@pytest.mark.parametrize("tokens", [[2, 12], pytest.param([5, 0, 7, 3], marks=pytest.mark.full)])
 def test_dispatch_and_combine(interpreter: Interpreter, tokens: list[int]) -> None:
     interpreter.run("interpreted_peers:check_dispatch_and_combine", tokens)
 
