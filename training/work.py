@@ -146,7 +146,8 @@ class Training(Work):
         deferred = self._pending[behind].deferred if fills else None
 
         def fill() -> None:
-            if deferred:
+            # Half of what there is: some for the other program's wait, which comes before there is more.
+            for _ in range(-(-len(deferred or ()) // 2)):
                 self._accumulate(deferred.pop(0))
 
         programs = (self._rewind(*behind, gradient), self._unroll(*forward[1:], x))

@@ -51,15 +51,15 @@ class Recorder(TorchDispatchMode):
 
         def land() -> T:
             with self._on(COMM):
-                if pending.work is not None:
-                    pending.work.wait()
+                for work in pending.works:
+                    work.wait()
                 for wire in wires:
                     self._wait(COMM, wire)
                 result = pending.finish()
             self._wait(COMPUTE, COMM)
             return result
 
-        return Pending(None, land)
+        return Pending((), land)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
