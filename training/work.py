@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, Losses
 from model.linear import WeightGradient
-from parallel.pipeline.action import Op, parts
+from parallel.pipeline.action import Action, Op, parts
 from parallel.pipeline.lower import Exchange, Step
 from training.engine import Hidden
 
@@ -32,6 +32,9 @@ class Differentiator(Protocol):
         """See ``Engine``."""
 
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """See ``Engine``."""
+
+    def finishing(self, stage: int) -> None:
         """See ``Engine``."""
 
     def finished(self, stage: int) -> None:
@@ -80,13 +83,9 @@ class Training:
         steps: Sequence[Step],
     ) -> None:
         self._engine, self._batches, self._denominators, self._shapes = engine, batches, denominators, shapes
-        self._split = {  # whose weight gradients are put off
-            action[1:]
-            for step in steps
-            if not isinstance(step, Exchange)
-            for action in parts(step)
-            if action.op is Op.I
-        }
+        actions = [action for step in steps if not isinstance(step, Exchange) for action in parts(step)]
+        self._split = {action[1:] for action in actions if action.op is Op.I}  # whose weight gradients are put off
+        self._last = {action.stage: action for action in actions if action.op in (Op.B, Op.W)}
         self._pending: dict[tuple[int, int], Pending] = {}
         self.sums: Sums | None = None
 
@@ -105,6 +104,7 @@ class Training:
         x, losses, deferred = self._pending.pop((stage, microbatch))
         assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
         hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
+        self._announce(Action(Op.I if split else Op.B, stage, microbatch))
         self._engine.backward(stage, losses.total, hidden)
         if deferred is not None:
             self._pending[stage, microbatch] = Pending(None, losses._replace(hidden=None), deferred)
@@ -115,6 +115,7 @@ class Training:
         """See ``Work``."""
         deferred = self._pending.pop((stage, microbatch)).deferred
         assert deferred is not None
+        self._announce(Action(Op.W, stage, microbatch))
         while deferred:
             parameter, compute = deferred.pop(0)
             assert isinstance(parameter, nn.Parameter)
@@ -123,6 +124,11 @@ class Training:
     def finished(self, stage: int) -> None:
         """See ``Work``."""
         self._engine.finished(stage)
+
+    def _announce(self, action: Action) -> None:
+        """Tells the engine of the last action that makes gradients of a stage, which begins."""
+        if self._last[action.stage] == action:
+            self._engine.finishing(action.stage)
 
     def allocate(self, microbatch: int) -> Tensor:
         """See ``Work``."""

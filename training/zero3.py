@@ -84,6 +84,9 @@ class Zero3:
         """Not to be had here: DeepSpeed's hooks see what a backward computes."""
         raise AssertionError("weight gradients that are put off are for the native engine")
 
+    def finishing(self, stage: int) -> None:
+        """Nothing: what starts inside of a backward, the library starts."""
+
     @torch.no_grad()
     def finished(self, stage: int) -> None:
         """Means become sums."""
@@ -104,6 +107,9 @@ class Zero3:
         self._zero.set_lr(lr)
         self._zero.step()
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""
