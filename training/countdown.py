@@ -3,11 +3,15 @@
     gradients   ... | the stage's last backward, or what it had put off  g g g . g g . g g . | all is there
     buckets     ... | finishing                            0 starts ^   1 ^       2 ^        | finished: the others
 
-A parameter may get several gradients in one backward: a tied embedding, experts in chunks. As many come between
-``finishing`` and ``finished`` as did in the step before, provided that as many came ahead of ``finishing``: a step is a
-pure function of its schedule. Where that does not hold, where there was no such step, and where a parameter has no
-gradient at all, a bucket waits for ``finished``, and those behind it do: they start in their order, on every rank the
-same, whatever a rank has counted. Counts only say when.
+What has been put off is a list: each gradient in it comes, and no other. A whole backward says nothing beforehand, and
+a parameter may get several gradients in it: a tied embedding, experts in chunks. There as many come as in the step
+before, and at least one to each parameter that had one earlier in the step, provided that all had as many ahead of
+``finishing`` as in the step before: what a step computes is a pure function of its schedule.
+
+Where that does not hold, where there was no such step, and where a parameter has no gradient at all, a bucket waits for
+``finished``, and those behind it do: they start in their order, on every rank the same, whatever a rank has counted.
+Counts only say when. Should they be wrong all the same, a gradient comes for a bucket that has started, and the slab
+raises an error.
 """
 
 from collections import Counter
@@ -21,23 +25,29 @@ class Countdown:
         """``buckets``: the members of each; a member is in one bucket at most."""
         self._bucket = {member: number for number, members in enumerate(buckets) for member in members}
         self._missing = [0] * len(buckets)
-        self._then: Counter[Hashable] = Counter()  # what came in the last step's last backward,
-        self._ahead_then = -1  # and how many before it; unlike any number until there was one
+        self._ahead_then: Counter[Hashable] | None = None  # of the last step; None: there was none
+        self._then: Counter[Hashable] = Counter()
         self.begin()
 
     def begin(self) -> None:
         """A step begins."""
-        self._open, self._next = False, 0
+        self._open, self._learns, self._next = False, False, 0
         self._ahead: Counter[Hashable] = Counter()  # gradients before the last backward
         self._came: Counter[Hashable] = Counter()  # and in it
         self._expected: Counter[Hashable] | None = None
 
-    def open(self) -> range:
-        """The last backward begins. The buckets that may start at once: all that they wait for has come before."""
-        self._open = True
-        if self._ahead_then != self._ahead.total():
+    def open(self, coming: Iterable[Hashable] | None = None) -> range:
+        """The last backward begins, or what it has put off: gradients of ``coming``, as often as they are listed.
+
+        Returns the buckets that may start at once: all that they wait for has come before.
+        """
+        self._open, self._learns = True, coming is None
+        if coming is not None:
+            self._expected = Counter(member for member in coming if member in self._bucket)
+        elif self._ahead == self._ahead_then:
+            self._expected = self._then | Counter(self._ahead.keys())
+        else:
             return range(0)
-        self._expected = self._then
         self._missing = [0] * len(self._missing)
         for member, number in self._bucket.items():
             self._missing[number] += not self._is_complete(member)
@@ -61,12 +71,11 @@ class Countdown:
 
     def close(self) -> None:
         """The last backward is over, and known from now on."""
-        if not self._open:
-            return
-        alike = self._ahead_then == self._ahead.total()
-        # The most that ever came, should it vary.
-        self._then, self._ahead_then = self._came | self._then if alike else self._came, self._ahead.total()
-        self._open, self._expected = False, None
+        if self._learns:
+            # The most that ever came, should it vary.
+            self._then = self._came | self._then if self._ahead == self._ahead_then else self._came
+            self._ahead_then = self._ahead
+        self._open, self._expected, self._learns = False, None, False
 
     def _is_complete(self, member: Hashable) -> bool:
         assert self._expected is not None

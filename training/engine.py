@@ -7,7 +7,7 @@ An engine takes the parameters of the stages that this rank holds. Gradients are
 parameter, never averages: every loss comes divided by a denominator of the whole global batch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -74,10 +74,11 @@ class Engine(Protocol):
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Adds ``grad`` (the parameter's shape, any float dtype): for gradients that no backward computes."""
 
-    def finishing(self, stage: int) -> None:
-        """The step's last backward of ``stage`` begins, or what it has put off: sums may start inside of it.
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """The step's last backward of ``stage`` begins: sums may start inside of it. Nothing depends on this call.
 
-        For engines that know when a gradient is the last; nothing depends on this call.
+        ``coming``: that backward was before, and what is left is what it has put off, a gradient for each of these
+        parameters in any order, one that is listed twice gets two.
         """
 
     def finished(self, stage: int) -> None:

@@ -128,7 +128,7 @@ class Fsdp2:
         """Not to be had here: see the head of this file."""
         raise AssertionError("weight gradients that are put off are for the native engine")
 
-    def finishing(self, stage: int) -> None:
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
         """Nothing: what starts inside of a backward, the library starts."""
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ and, while gradients travel, two buckets (``optimizer.bucket_bytes`` each).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,9 @@ class Native:
         self._slab_of[parameter].accumulate(parameter, grad)
         self._sums.take(parameter)
 
-    def finishing(self, stage: int) -> None:
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
         """The stage's last backward of the step begins: its sums start from now on, each behind its last gradient."""
-        self._sums.open(stage)
+        self._sums.open(stage, coming)
 
     def finished(self, stage: int) -> None:
         """Starts the sums of ``stage`` that have not started. Collective over the stage's ranks."""

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.reduce import Finish
 from training.beside import Ahead, Beside, Start
@@ -90,23 +90,23 @@ class Sums:
         """A gradient of ``parameter`` has been added up."""
         stage = self._stages.get(parameter)
         if stage is not None:
-            self._start([self._queues[stage][number] for number in self._countdowns[stage].take(parameter)])
+            self._set_off([self._queues[stage][number] for number in self._countdowns[stage].take(parameter)])
 
-    def open(self, stage: int) -> None:
-        """The last backward of ``stage`` begins."""
-        self._start([self._queues[stage][number] for number in self._countdowns[stage].open()])
+    def open(self, stage: int, coming: Iterable[Tensor] | None = None) -> None:
+        """The last backward of ``stage`` begins, or the gradients ``coming`` that it has put off."""
+        self._set_off([self._queues[stage][number] for number in self._countdowns[stage].open(coming)])
 
     def close(self, stage: int) -> None:
         """The last gradient of ``stage`` is there: starts what has not started."""
         self._countdowns[stage].close()
-        self._start([bucket for bucket in self.waiting.finish(stage, self._shares) if not bucket.is_started()])
+        self._set_off([bucket for bucket in self.waiting.finish(stage, self._shares) if not bucket.is_started()])
         self._beside.flush()
 
     def settle(self) -> None:
         """Until all that have started are complete."""
         self._beside.wait()
 
-    def _start(self, buckets: Sequence[Bucket]) -> None:
+    def _set_off(self, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
             start = bucket.close()
             if bucket.slab.degree > 1:
@@ -136,5 +136,4 @@ class Copies:
         self._ahead.wait()
 
     def _wait_for(self, last: int, *_: object) -> None:
-        if not torch.compiler.is_compiling():  # inside of what is compiled nobody waits: who calls it has
-            self._ahead.wait(last)
+        self._ahead.wait(last)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, Losses
 from model.linear import WeightGradient
-from parallel.pipeline.action import Action, Op, parts
+from parallel.pipeline.action import Op, parts
 from parallel.pipeline.lower import Exchange, Step
 from training.engine import Hidden
 
@@ -34,7 +34,7 @@ class Differentiator(Protocol):
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """See ``Engine``."""
 
-    def finishing(self, stage: int) -> None:
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
         """See ``Engine``."""
 
     def finished(self, stage: int) -> None:
@@ -104,7 +104,8 @@ class Training:
         x, losses, deferred = self._pending.pop((stage, microbatch))
         assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
         hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
-        self._announce(Action(Op.I if split else Op.B, stage, microbatch))
+        if self._last[stage] == (Op.B, stage, microbatch):
+            self._engine.finishing(stage)
         self._engine.backward(stage, losses.total, hidden)
         if deferred is not None:
             self._pending[stage, microbatch] = Pending(None, losses._replace(hidden=None), deferred)
@@ -115,7 +116,8 @@ class Training:
         """See ``Work``."""
         deferred = self._pending.pop((stage, microbatch)).deferred
         assert deferred is not None
-        self._announce(Action(Op.W, stage, microbatch))
+        if self._last[stage] == (Op.W, stage, microbatch):
+            self._engine.finishing(stage, [weight for weight, _ in deferred])
         while deferred:
             parameter, compute = deferred.pop(0)
             assert isinstance(parameter, nn.Parameter)
@@ -124,11 +126,6 @@ class Training:
     def finished(self, stage: int) -> None:
         """See ``Work``."""
         self._engine.finished(stage)
-
-    def _announce(self, action: Action) -> None:
-        """Tells the engine of the last action that makes gradients of a stage, which begins."""
-        if self._last[action.stage] == action:
-            self._engine.finishing(action.stage)
 
     def allocate(self, microbatch: int) -> Tensor:
         """See ``Work``."""

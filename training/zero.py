@@ -29,7 +29,7 @@ the 4 Q while a backward runs if they are bfloat16.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class DeepSpeed:
         """Not to be had here: see the head of this file."""
         raise AssertionError("weight gradients that are put off are for the native engine")
 
-    def finishing(self, stage: int) -> None:
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
         """Nothing: what starts inside of a backward, the library starts."""
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ backward a bucket of whole gradients (``optimizer.bucket_bytes``, or all if fewe
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class Zero3:
         """Not to be had here: DeepSpeed's hooks see what a backward computes."""
         raise AssertionError("weight gradients that are put off are for the native engine")
 
-    def finishing(self, stage: int) -> None:
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
         """Nothing: what starts inside of a backward, the library starts."""
 
     @torch.no_grad()
