@@ -83,7 +83,7 @@ class Links(NamedTuple):
 class Network:
     """``ranks`` namespaces on a bridge, each link at ``megabits`` Mbit/s in both directions (None: no limit).
 
-    A connection has at most ``window`` bytes on its way: more for fast links, less for small messages beside large ones.
+    A connection has at most ``window`` bytes on its way: more is for fast links, less for small messages beside large.
     A context manager: it is there inside ``with``. Raises ValueError for a bad number of ranks or rate, and on entering
     OSError where networks cannot be made (``can_make`` tells).
     """

@@ -1,6 +1,6 @@
 """How much of communication shows in a step, without overlap and with it, on links from fast to slow.
 
-    python benchmarks/overlap.py pairs dualpipev pieces shared     computation is calibrated waiting (benchmarks/waiting.py)
+    python benchmarks/overlap.py pairs dualpipev pieces shared     computation is waiting (benchmarks/waiting.py)
 
 Of every rate of the links, in one run and interleaved, the median step with C computation alone (nothing is sent), K
 communication alone (nothing is computed), without overlap, and with it, from which
@@ -11,6 +11,7 @@ Ranks live in network namespaces on shaped links (benchmarks/network.py), which 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,9 +66,7 @@ PAIRS = Layout(1, 4, "interleaved_1f1b_overlap", 2, 16)
 CASES = {
     "pairs": Case(PAIRS, Variant(False), {"pairs": Variant(True)}),
     "dualpipev": Case(Layout(2, 2, "dualpipev", 4, 6), Variant(False), {"pairs": Variant(True)}),
-    "pieces": Case(
-        PAIRS._replace(schedule="1f1b"), Variant(False), {f"{n} pieces": Variant(False, n) for n in (2, 4)}
-    ),
+    "pieces": Case(PAIRS._replace(schedule="1f1b"), Variant(False), {f"{n} pieces": Variant(False, n) for n in (2, 4)}),
     "shared": Case(PAIRS._replace(schedule="1f1b"), Variant(False), {"shared": Variant(False, shared=True)}),
 }
 
@@ -92,6 +91,9 @@ class Bare:
         differentiate(loss, hidden)
 
     def accumulate(self, parameter: Any, grad: Any) -> None:
+        pass
+
+    def finishing(self, stage: int, coming: Any = None) -> None:
         pass
 
     def finished(self, stage: int) -> None:
@@ -125,7 +127,9 @@ class Sleeper:
         self.runner = Runner(self.parallel, arranged, shapes, self.mesh)
         self.naps = Naps(Seconds(0.0), Seconds(0.0), Seconds(0.0))
         ids = torch.zeros(1, TOKENS + 1, dtype=torch.int64)
-        self.batches = [Batch(ids.clone(), torch.ones_like(ids, dtype=torch.bool), None) for _ in range(layout.microbatches)]
+        self.batches = [
+            Batch(ids.clone(), torch.ones_like(ids, dtype=torch.bool), None) for _ in range(layout.microbatches)
+        ]
         self.routed = [b for model in self.stages.values() for b in model.modules() if isinstance(b, Block)]
         self.exchanges = [block.exchange for block in self.routed]
 
@@ -167,8 +171,11 @@ def measure(rank: int, world: int, store: Path, links: Links, name: str, options
     dist.broadcast(unit, 0)
     if rank == 0:
         layout = case.layout
-        print(f"\n{name}: pp={layout.pp} ep={layout.ep}, {layout.schedule}, {layout.layers} layers, {layout.microbatches} "
-              f"micro-batches, a segment {1e3 * unit.item():.0f} ms; milliseconds, median of {options.rounds}")
+        print(
+            f"\n{name}: pp={layout.pp} ep={layout.ep}, {layout.schedule}, {layout.layers} layers, "
+            f"{layout.microbatches} micro-batches, a segment {1e3 * unit.item():.0f} ms; milliseconds, "
+            f"median of {options.rounds}; load {os.getloadavg()[0]:.1f}"
+        )
         print(f"{'Mbit/s':>8}{'C':>7}{'K':>7}{'K/C':>6}{'floor':>7} | {'without':>8}{'exposed':>8}", end="")
         print("".join(f" |{version:>10}{'exposed':>8}" for version in case.versions), flush=True)
     for rate in options.rates or RATES:
@@ -203,9 +210,15 @@ def show(rate: float | None, row: list[float]) -> None:
     """A line of the table."""
     compute, communication, *steps = row
     floor = max(0.0, (communication - compute) / communication)
-    figures = " |".join(f"{1e3 * step:>{8 + 2 * (number > 0)}.0f}{(step - compute) / communication:>8.2f}" for number, step in enumerate(steps))
-    print(f"{rate or 'none':>8}{1e3 * compute:>7.0f}{1e3 * communication:>7.0f}{communication / compute:>6.2f}"
-          f"{floor:>7.2f} | {figures}", flush=True)
+    figures = " |".join(
+        f"{1e3 * step:>{8 + 2 * (number > 0)}.0f}{(step - compute) / communication:>8.2f}"
+        for number, step in enumerate(steps)
+    )
+    print(
+        f"{rate or 'none':>8}{1e3 * compute:>7.0f}{1e3 * communication:>7.0f}{communication / compute:>6.2f}"
+        f"{floor:>7.2f} | {figures}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -213,7 +226,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=list(CASES), choices=[*CASES, []])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--base", type=float, default=100.0, help="Mbit/s at which communication takes RATIO of computation")
+    parser.add_argument(
+        "--base", type=float, default=100.0, help="Mbit/s at which communication takes RATIO of computation"
+    )
     parser.add_argument("--ratio", type=float, default=0.9)
     parser.add_argument("--rates", type=float, nargs="*", help="Mbit/s; 0: no limit")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A model whose computation is calibrated waiting: real exchanges, programs and schedules, on as many ranks as you like.
+"""A model whose computation is calibrated waiting; exchanges, programs and schedules are real.
 
     attention | announce dispatch | shared | arrive | experts | combine collect | merge
     asleep      real                asleep   real     asleep    real              at once
