@@ -62,7 +62,7 @@ class Case(NamedTuple):
     versions: dict[str, Variant]
 
 
-PAIRS = Layout(1, 4, "interleaved_1f1b_overlap", 2, 16)
+PAIRS = Layout(1, 4, "interleaved_1f1b_overlap", 1, 16)
 CASES = {
     "pairs": Case(PAIRS, Variant(False), {"pairs": Variant(True)}),
     "dualpipev": Case(Layout(2, 2, "dualpipev", 4, 6), Variant(False), {"pairs": Variant(True)}),

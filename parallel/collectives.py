@@ -69,10 +69,10 @@ def _post(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.Proces
     """Every part to its rank, as messages of their own; this rank's is copied."""
     own, ranks = group.rank(), group.size()
     others = [(own + step) % ranks for step in range(1, ranks)]
+    received[own].copy_(sent[own])
     # All receives first: then no send waits for its receiver. What is empty at one end is empty at the other.
     works = [group.recv([received[peer]], peer, 0) for peer in others if received[peer].numel()]
     works += [group.send([sent[peer]], peer, 0) for peer in others if sent[peer].numel()]
-    received[own].copy_(sent[own])
     return tuple(works)
 
 
