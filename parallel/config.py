@@ -44,6 +44,22 @@ def name_schedule(pipeline: PipelineConfig) -> str:
     return pipeline.schedule + (f" of {pipeline.virtual} stages a rank" if pipeline.virtual > 1 else "")
 
 
+class TensorOverlap(StrEnum):
+    """How exchanges between tp ranks and the products beside them go together: parallel/collective_matmul.py."""
+
+    auto = "auto"  # fused where torch and the wires can, else AUTO
+    joined = "joined"  # one after the other
+    split = "split"  # block by block, one travels while another is multiplied
+    fused = "fused"  # torch's symmetric-memory operators: CUDA with NVLink
+
+
+@dataclass(kw_only=True, slots=True)
+class OverlapConfig:
+    """What communication is hidden behind computation."""
+
+    tensor: TensorOverlap = TensorOverlap.auto  # gathers and sums between tp ranks, behind the products beside them
+
+
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How many ways each axis splits the work. ``dp`` defaults to what the other axes leave of the world."""
@@ -55,6 +71,7 @@ class ParallelConfig:
     ep: int = 1  # expert: routed experts over dp * cp * tp ranks
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     rebalance_every: int = 0  # steps between moves of experts to even out ranks' loads; 0: experts stay
 
     def __post_init__(self) -> None:

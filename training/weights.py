@@ -17,12 +17,12 @@ from training.gather import name_tensors
 
 def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
     """This rank's part of the model with its first weights, drawn from ``run.seed`` or read from ``init_from``."""
-    dtype = DTYPES[config.precision]
+    dtype, overlap = DTYPES[config.precision], config.parallel.overlap
     if config.init_from is None:
-        return build_stages(config.model, dtype, mesh.device, config.run.seed, mesh, pipeline)
+        return build_stages(config.model, dtype, config.run.seed, mesh, pipeline, overlap)
     from model.huggingface import load as load_published
 
-    stages, shards = allocate_stages(config.model, dtype, mesh.device, mesh, pipeline)
+    stages, shards = allocate_stages(config.model, dtype, mesh, pipeline, overlap)
     if is_whole(stages, shards):
         load_published(stages[0], Path(config.init_from))
         return stages, shards

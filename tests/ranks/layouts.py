@@ -14,7 +14,7 @@ from typing import Any
 from small_models import SOFTMAX, make_config
 
 from model.config import Recompute
-from parallel.config import EngineName, PipelineConfig
+from parallel.config import EngineName, OverlapConfig, PipelineConfig, TensorOverlap
 from parallel.pipeline.schedules import SCHEDULES, Route, check
 from parallel.topology import Topology
 from training.config import OptimizerConfig
@@ -22,6 +22,7 @@ from training.proof.case import Case
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "engine": (EngineName.native, EngineName.fsdp2),
+    "tensor": (TensorOverlap.joined, TensorOverlap.split),
     "shared": (0, 1, 2),
     "router": ("sigmoid in groups", "sigmoid", "softmax"),
     "mtp": (0, 1, 2),
@@ -154,6 +155,7 @@ def make_case(choice: Choice, seed: int) -> Case:
         ),
         optimizer=OptimizerConfig(lr=1e-3, clip=choice["clip"]),
         engine=choice["engine"],
+        overlap=OverlapConfig(tensor=choice["tensor"]),
         pipeline=PipelineConfig(
             schedule=choice["schedule"],
             virtual=choice["virtual"],
@@ -182,7 +184,7 @@ def describe(case: Case) -> str:
     layers = "" if pipeline.layers is None else f" {pipeline.layers}"
     words = [
         *((f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}",) if len(case.stages.layers) > 1 else ()),
-        f"dp{t.dp} tp{t.tp} ep{t.ep} {case.engine} {model.moe.score}{model.moe.groups}",
+        f"dp{t.dp} tp{t.tp} ep{t.ep} {case.overlap.tensor} {case.engine} {model.moe.score}{model.moe.groups}",
         f"shared{model.moe.shared_experts}",
         f"mtp{model.mtp.depth} dense{model.dense_layers} {model.recompute} {case.accumulation}x{case.micro_batch}",
         *(word for word, true in (("crowded", case.crowded), ("moving", case.rebalance), ("tied", model.tied)) if true),

@@ -59,6 +59,7 @@ def choices(case: Case) -> dict[str, Any]:
         **(piped if len(case.stages.layers) > 1 else {}),
         "topology": case.topology,
         "engine": case.engine,
+        "tensor": case.overlap.tensor,
         "shared": moe.shared_experts,
         "router": router,
         "mtp": model.mtp.depth,

@@ -16,7 +16,7 @@ import torch
 from model.batch import Batch
 from model.config import ModelConfig
 from model.transformer import Transformer
-from parallel.config import EngineName, ParallelConfig, PipelineConfig
+from parallel.config import EngineName, OverlapConfig, ParallelConfig, PipelineConfig
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import divide_model, schedule_of
 from parallel.pipeline.stages import Pipeline
@@ -34,6 +34,7 @@ class Case:
     optimizer: OptimizerConfig
     engine: EngineName = EngineName.native
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     micro_batch: int = 1  # sequences a rank reads at once
     accumulation: int = 2  # micro-batches a step
     length: int = 8  # S
@@ -52,7 +53,7 @@ class Case:
     @property
     def parallel(self) -> ParallelConfig:
         """What a runner reads."""
-        return ParallelConfig(pp=self.topology.pp, pipeline=self.pipeline)
+        return ParallelConfig(pp=self.topology.pp, pipeline=self.pipeline, overlap=self.overlap)
 
     @property
     def stages(self) -> Pipeline:
