@@ -46,15 +46,16 @@ def list_repeated(config: ModelConfig) -> Sizes | None:
     return tuple(sizes)
 
 
-def is_repeated(inner: int, outer: int, sizes: Sizes | None) -> bool:
-    """Whether a product by a weight [inner, outer], or by a part of it that has some of the heads, is among ``sizes``."""
+def is_repeated(shape: tuple[int, int], sizes: Sizes | None) -> bool:
+    """Whether a product by a weight [inner, outer], or by one of which it is an equal part, is among ``sizes``."""
+    inner, outer = shape
     return sizes is None or any(inner == of and whole % outer == 0 for of, whole in sizes)
 
 
 def _policy(kept: tuple[Any, ...], repeated: Sizes | None, context: Any, op: Any, *args: Any, **options: Any) -> Any:
     if op.namespace == COMMUNICATION:
         return CheckpointPolicy.MUST_SAVE
-    if op in kept and not (op is torch.ops.aten.mm.default and is_repeated(*args[1].shape, repeated)):
+    if op in kept and not (op is torch.ops.aten.mm.default and is_repeated(args[1].shape, repeated)):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

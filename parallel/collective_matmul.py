@@ -1,11 +1,11 @@
 """Products on either side of an exchange: all-gather, then product; product, then reduce-scatter. One operation each.
 
     joined   | exchange                | product of all rows     |    one waits for the other
-    split    | own rows | next | next | next |                        a product a block of rows, while
+    blocks   | own rows | next | next | next |                        a product a block of rows, while
              |  next ...| next | next |                               another block travels
     fused    the same by torch's symmetric memory: peers' blocks are read over NVLink by copy engines
 
-Split is the collective matmul of Wang et al. (ASPLOS 2023) without its ring: in step i a rank sends to, and receives
+Blocks are the collective matmul of Wang et al. (ASPLOS 2023), but not its ring: in step i a rank sends to, and receives
 from, those i places away. A ring would send as much, but every hop of a sum would be rounded. Here blocks of partial
 sums go straight to their owner, who adds them in rank order and rounds once; a gather needs no neighbour to pass blocks
 on. In each step a rank has one block coming and one going, so that blocks arrive one after the other, not all at last.
@@ -63,12 +63,12 @@ def gather_joined(
 def scatter_joined(
     wholes: Tensors, weights: Tensors, group: dist.ProcessGroup, product: Product = multiply
 ) -> list[Tensor]:
-    """Of the products of the first ``wholes``, and of the others as they are, this rank's shard of the sum over ranks."""
+    """This rank's shard of the sum over ranks of the products of the first ``wholes`` and of the others as they are."""
     products = [_multiply_all(whole, weight, product) for whole, weight in zip(wholes, weights, strict=False)]
     return scatter([*products, *wholes[len(weights) :]], group)
 
 
-def gather_split(
+def gather_blocks(
     shards: Tensors, weights: Tensors, group: dist.ProcessGroup, product: Product = multiply
 ) -> list[Tensor]:
     """``gather_joined``, multiplying blocks that are there while another travels."""
@@ -95,15 +95,13 @@ def gather_split(
     return [*wholes, *products]
 
 
-def scatter_split(
+def scatter_blocks(
     wholes: Tensors, weights: Tensors, group: dist.ProcessGroup, product: Product = multiply
 ) -> list[Tensor]:
     """``scatter_joined``, multiplying blocks while those before them travel; of the same products, the same bits."""
     n, place = group.size(), group.rank()
     ends = [weight.shape[1:] for weight in weights] + [whole.shape[2:] for whole in wholes[len(weights) :]]
-    shapes = [
-        torch.Size((whole.shape[0], whole.shape[1] // n, *end)) for whole, end in zip(wholes, ends, strict=True)
-    ]
+    shapes = [torch.Size((whole.shape[0], whole.shape[1] // n, *end)) for whole, end in zip(wholes, ends, strict=True)]
     sizes = [shape.numel() for shape in shapes]
     summands = wholes[0].new_empty(n, sum(sizes))
     works = list[dist.Work]()
@@ -152,7 +150,7 @@ class Operation(StrEnum):
     """How an exchange and its product go together."""
 
     joined = "joined"
-    split = "split"
+    blocks = "blocks"
     fused = "fused"
 
 
@@ -165,7 +163,7 @@ class Matmuls(NamedTuple):
 
 MATMULS = {
     Operation.joined: Matmuls(gather_joined, scatter_joined),
-    Operation.split: Matmuls(gather_split, scatter_split),
+    Operation.blocks: Matmuls(gather_blocks, scatter_blocks),
     Operation.fused: Matmuls(gather_fused, scatter_fused),
 }
 
@@ -179,7 +177,10 @@ def find_obstacle(device: torch.device, degree: int, ranks_per_node: int) -> str
         return f"torch's fused operators are for NVIDIA devices, and this is {device.type}"
     if ranks_per_node % degree:
         return f"they stay inside a machine, and {degree} tp ranks do not, with {ranks_per_node} ranks on each"
-    wires = torch._C._distributed_c10d._detect_dma_connectivity(torch._C._autograd.DeviceType.CUDA, "nvlink").matrix
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
+
+    wires = _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix
     if not all(wire for row, wires_of in enumerate(wires) for peer, wire in enumerate(wires_of) if peer != row):
         return "they need NVLink between all devices of a machine"
     return ""

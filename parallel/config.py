@@ -49,7 +49,7 @@ class TensorOverlap(StrEnum):
 
     auto = "auto"  # fused where torch and the wires can, else AUTO
     joined = "joined"  # one after the other
-    split = "split"  # block by block, one travels while another is multiplied
+    blocks = "blocks"  # block by block, one travels while another is multiplied
     fused = "fused"  # torch's symmetric-memory operators: CUDA with NVLink
 
 

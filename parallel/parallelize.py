@@ -8,11 +8,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from model.attention import LatentAttention
 from model.block import Block
-from model.experts import SwiGLU
 from model.recompute import list_repeated
-from model.router import Router
+from model.sequence import WholeSequence
 from model.transformer import Transformer
 from parallel.config import OverlapConfig
 from parallel.exchange import ExpertExchange
@@ -49,8 +47,8 @@ def _shard_sequences(model: Transformer, mesh: Mesh, overlap: OverlapConfig) -> 
     group = mesh.group(Axis.tp, Traffic.tensor)
     sequence = ShardedSequence(group, choose_operation(overlap.tensor, mesh), list_repeated(model.config))
     for module in model.modules():
-        if isinstance(module, LatentAttention | SwiGLU | Router):
-            module.sequence = sequence
+        if isinstance(getattr(module, "sequence", None), WholeSequence):
+            module.sequence = sequence  # type: ignore[assignment]
     # Embedding and head are cut at the same rows.
     first = span(model.config.vocab_size, mesh.degree(Axis.tp), mesh.coordinate(Axis.tp)).start
     if hasattr(model, "embedding"):

@@ -68,7 +68,7 @@ def _(shards: list[Tensor], weights: list[Tensor], group: str, how: str) -> list
 
 @torch.library.custom_op(f"{COMMUNICATION}::multiply_scatter", mutates_args=())
 def _multiply_scatter(wholes: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
-    """Of the products of the first ``wholes`` by ``weights`` [I, O] and of the others, the sum over ranks of [B, s, *]."""
+    """Each of the products of the first ``wholes`` by ``weights`` [I, O], and of the others, as ``_scatter``."""
     return MATMULS[Operation(how)].scatter(wholes, weights, _find(group))
 
 
@@ -139,8 +139,8 @@ class GatherLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):  # type: ignore[no-untyped-def]
-        n = len(ctx.parameters)
-        wholes, weights = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        saved, n = ctx.saved_tensors, len(ctx.parameters)
+        wholes, weights = saved[:n], saved[n:]
         shards = _multiply_scatter(list(gradients), [weight.flatten(0, -2) for weight in weights], ctx.group, ctx.how)
         learned = [
             differentiate_weight(g, x, weight, ctx.deferred, parameter) if needed else None
@@ -170,7 +170,7 @@ class LinearScatter(torch.autograd.Function):
         return None, None, None, gx, gw
 
 
-AUTO = Operation.split  # where the fused operators have nothing to run on
+AUTO = Operation.blocks  # where the fused operators have nothing to run on
 
 
 def choose_operation(wanted: TensorOverlap, mesh: Mesh) -> Operation:
@@ -183,16 +183,16 @@ def choose_operation(wanted: TensorOverlap, mesh: Mesh) -> Operation:
     if wanted is TensorOverlap.fused:
         obstacle = find_obstacle(mesh.device, mesh.degree(Axis.tp), mesh.ranks_per_node)
         if obstacle:
-            raise ValueError(f"parallel.overlap.tensor=fused must be auto, joined or split here: {obstacle}")
+            raise ValueError(f"parallel.overlap.tensor=fused must be auto, joined or blocks here: {obstacle}")
     return Operation(wanted)
 
 
 class ShardedSequence:
     """Every sequence is cut into one shard a rank of ``group``: see ``model.sequence.Sequence``.
 
-    ``how`` exchanges and products go together; ``repeated``: sizes of products that a backward computes again, as
-    ``model.recompute.list_repeated`` gives them. Those wait for the whole of their gather in the forward, as it alone is
-    kept; in the backward no product does.
+    ``how``: as in parallel/collective_matmul.py. ``repeated``: sizes of products that a backward computes again, as
+    ``model.recompute.list_repeated`` gives them; of these the gather alone is kept, and so the forward's product waits
+    for all of it. No other product does.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class ShardedSequence:
         self, shards: tuple[Tensor, ...], linears: tuple[Linear, ...], deferred: Deferred
     ) -> tuple[Tensor, ...]:
         weights = [linear.weight for linear in linears]
-        kept = not any(is_repeated(w.shape[-1], w.shape[:-1].numel(), self._repeated) for w in weights)
+        kept = not any(is_repeated((w.shape[-1], w.shape[:-1].numel()), self._repeated) for w in weights)
         return tuple(GatherLinear.apply(self._name, self.how, kept, deferred, len(shards), *shards, *weights))
 
     def linear_scatter(self, x: Tensor, linear: Linear, deferred: Deferred) -> Tensor:

@@ -61,7 +61,7 @@ def check_overlap(parallel: ParallelConfig, device: Device) -> None:
     """Raises ValueError for overlap that ``device`` has nothing for. What else is missing shows where ranks start."""
     if parallel.tp > 1 and parallel.overlap.tensor is TensorOverlap.fused and device is Device.cpu:
         raise ValueError(
-            "parallel.overlap.tensor=fused must be auto, joined or split with run.device=cpu: torch's fused operators "
+            "parallel.overlap.tensor=fused must be auto, joined or blocks with run.device=cpu: torch's fused operators "
             "are for NVIDIA devices joined by NVLink"
         )
 

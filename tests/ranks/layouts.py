@@ -22,7 +22,7 @@ from training.proof.case import Case
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "engine": (EngineName.native, EngineName.fsdp2),
-    "tensor": (TensorOverlap.joined, TensorOverlap.split),
+    "tensor": (TensorOverlap.joined, TensorOverlap.blocks),
     "shared": (0, 1, 2),
     "router": ("sigmoid in groups", "sigmoid", "softmax"),
     "mtp": (0, 1, 2),

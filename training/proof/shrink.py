@@ -43,8 +43,8 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
     count = count_microbatches(run.global_batch, run.micro_batch, topology.dp)
     overlap = parallel.overlap
     if overlap.tensor is TensorOverlap.fused:
-        unproved.append("parallel.overlap.tensor=fused: proved with split, which runs on a processor")
-        overlap = replace(overlap, tensor=TensorOverlap.split)
+        unproved.append("parallel.overlap.tensor=fused: proved with blocks, which runs on a processor")
+        overlap = replace(overlap, tensor=TensorOverlap.blocks)
     stages = 1
     if topology.pp == 1 and pipeline == PipelineConfig():
         accumulation = min(count, 2)
