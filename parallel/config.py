@@ -47,7 +47,7 @@ def name_schedule(pipeline: PipelineConfig) -> str:
 class TensorOverlap(StrEnum):
     """How exchanges between tp ranks and the products beside them go together: parallel/collective_matmul.py."""
 
-    auto = "auto"  # fused where torch and the wires can, else AUTO
+    auto = "auto"  # fused where that can be, else blocks on a CPU and joined on what was not measured
     joined = "joined"  # one after the other
     blocks = "blocks"  # block by block, one travels while another is multiplied
     fused = "fused"  # torch's symmetric-memory operators: CUDA with NVLink
