@@ -115,7 +115,7 @@ def find_unseen() -> set[tuple[str, str]]:
                 found |= {(file, alias.name) for alias in node.names}
             elif isinstance(node, ast.Attribute):
                 owner = ast.unparse(node.value)
-                if owner in OPERATORS or owner in GROUPS and node.attr not in ASKING:
+                if owner in OPERATORS or (owner in GROUPS and node.attr not in ASKING):
                     found.add((file, ast.unparse(node)))
     return found
 
