@@ -69,12 +69,12 @@ def scatter_joined(
 
 
 def gather_blocks(
-    shards: Tensors, weights: Tensors, group: dist.ProcessGroup, product: Product = multiply
+    shards: Tensors, weights: Tensors, group: dist.ProcessGroup, product: Product = multiply, into: Tensors = ()
 ) -> list[Tensor]:
-    """``gather_joined``, multiplying blocks that are there while another travels."""
+    """``gather_joined``, multiplying blocks while others travel. Products go ``into`` what is given."""
     n, place = group.size(), group.rank()
     wholes = [shard.new_empty(shard.shape[0], n * shard.shape[1], *shard.shape[2:]) for shard in shards]
-    products = [
+    products = into or [
         whole.new_empty(*whole.shape[:-1], weight.shape[1]) for whole, weight in zip(wholes, weights, strict=False)
     ]
     own, leaving = _join(shards), list[dist.Work]()
@@ -122,16 +122,18 @@ def scatter_blocks(
 
 
 def gather_fused(
-    shards: Tensors, weights: Tensors, group: dist.ProcessGroup, product: Product = multiply
+    shards: Tensors, weights: Tensors, group: dist.ProcessGroup, product: Product = multiply, into: Tensors = ()
 ) -> list[Tensor]:
-    """``gather_joined`` by ``torch.ops.symm_mem``. Has never run on a GPU; ``product`` is torch's own."""
+    """``gather_blocks`` by ``torch.ops.symm_mem``. Has never run on a GPU; ``product`` is torch's own."""
     made = [
         torch.ops.symm_mem.fused_all_gather_matmul(shard, [weight], 1, group.group_name)
         for shard, weight in zip(shards, weights, strict=False)
     ]
     others = shards[len(weights) :]
     wholes = [whole for whole, _ in made] + (gather(others, group) if others else [])
-    return [tensor.contiguous() for tensor in (*wholes, *(product for _, (product,) in made))]
+    for given, (_, (result,)) in zip(into, made, strict=False):
+        given.copy_(result)
+    return [tensor.contiguous() for tensor in (*wholes, *(result for _, (result,) in made))]
 
 
 def scatter_fused(

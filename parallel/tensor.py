@@ -18,7 +18,7 @@ from model.embedding import look_up
 from model.linear import Deferred, Linear, differentiate_weight
 from model.recompute import COMMUNICATION, Sizes, is_repeated
 from model.sequence import Sequence
-from parallel.collective_matmul import MATMULS, Operation, find_obstacle, gather, scatter
+from parallel.collective_matmul import MATMULS, Operation, find_obstacle, gather, multiply, scatter
 from parallel.collectives import all_reduce
 from parallel.config import TensorOverlap
 from parallel.mesh import Axis, Mesh
@@ -64,6 +64,24 @@ def _(shards: list[Tensor], weights: list[Tensor], group: str, how: str) -> list
     n = _find(group).size()
     wholes = [shard.new_empty(shard.shape[0], n * shard.shape[1], *shard.shape[2:]) for shard in shards]
     return wholes + [w.new_empty(*x.shape[:-1], w.shape[1]) for x, w in zip(wholes, weights, strict=False)]
+
+
+@torch.library.custom_op(f"{COMMUNICATION}::gather_and_fill", mutates_args=("products", "filled"))
+def _gather_and_fill(
+    shards: list[Tensor], weights: list[Tensor], products: list[Tensor], filled: Tensor, group: str, how: str
+) -> list[Tensor]:
+    """``_gather_multiply`` into ``products``, so that the wholes alone are what it gives, and what is kept of it."""
+    wholes = MATMULS[Operation(how)].gather(shards, weights, _find(group), into=products)[: len(shards)]
+    filled.fill_(True)
+    return wholes
+
+
+@torch.library.custom_op("shoestring::fill", mutates_args=("products",))
+def _fill(wholes: list[Tensor], weights: list[Tensor], products: list[Tensor], filled: Tensor) -> None:
+    """The products, unless they are ``filled``: where a backward computes them again, the gather does not run again."""
+    if not filled:
+        for whole, weight, product in zip(wholes, weights, products, strict=False):
+            multiply(whole.flatten(0, -2), weight, product.view(-1, weight.shape[1]))
 
 
 @torch.library.custom_op(f"{COMMUNICATION}::multiply_scatter", mutates_args=())
@@ -118,7 +136,7 @@ class Scatter(torch.autograd.Function):
 class GatherLinear(torch.autograd.Function):
     """``count`` shards to wholes, of which the first go through a weight each: those products, then the other wholes.
 
-    With ``kept``, products are part of the exchange, and kept with it where other products would be computed again.
+    Where a backward computes again what its forward did, products are ``kept`` with the wholes, or made from them anew.
     """
 
     @staticmethod
@@ -128,9 +146,18 @@ class GatherLinear(torch.autograd.Function):
         if kept:
             both = _gather_multiply(shards, matrices, group, how)
             wholes, products = both[:count], both[count:]
-        else:
+        elif how == Operation.joined or torch.compiler.is_compiling():
             wholes = _gather(shards, group)
             products = [whole @ matrix for whole, matrix in zip(wholes, matrices, strict=False)]
+        else:
+            length = shards[0].shape[1] * _find(group).size()
+            products = [
+                shard.new_empty(shard.shape[0], length, matrix.shape[1])
+                for shard, matrix in zip(shards, matrices, strict=False)
+            ]
+            filled = torch.zeros((), dtype=torch.bool)
+            wholes = _gather_and_fill(shards, matrices, products, filled, group, how)
+            _fill(wholes, matrices, products, filled)
         ctx.save_for_backward(*wholes[: len(weights)], *weights)
         ctx.group, ctx.how, ctx.deferred = group, how, deferred
         # The parameters themselves: see model/linear.py.
@@ -193,8 +220,7 @@ class ShardedSequence:
     """Every sequence is cut into one shard a rank of ``group``: see ``model.sequence.Sequence``.
 
     ``how``: as in parallel/collective_matmul.py. ``repeated``: sizes of products that a backward computes again, as
-    ``model.recompute.list_repeated`` gives them; of these the gather alone is kept, and so the forward's product waits
-    for all of it. No other product does.
+    ``model.recompute.list_repeated`` gives them.
     """
 
     def __init__(

@@ -30,7 +30,10 @@ def compare_fused(rank: int, world: int) -> tuple[float, float]:
     expected = gather_joined(shards, weights, group) + scatter_joined(wholes, narrow, group)
     right = gather_fused(shards, weights, group) + scatter_fused(wholes, narrow, group)
     wrong = gather_fused(shards, [-weight for weight in weights], group) + scatter_fused(wholes, [-narrow[0]], group)
-    del kept
     apart = [max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) for found in (right, wrong)]
     assert all(tensor.is_contiguous() for tensor in right)
+    into = [torch.empty_like(product) for product in right[3:5]]
+    gather_fused(shards, weights, group, into=into)
+    assert all(map(torch.equal, into, right[3:5]))
+    del kept
     return apart[0], apart[1]

@@ -148,15 +148,15 @@ def count_exchanges(rank: int, world: int, policy: Recompute) -> list[str]:
     group, calls, drawn = dist.group.WORLD, list[str](), draw(world, 1, torch.float64)
     assert group is not None
 
-    def counted(name: str, call: Any, *args: Any) -> Any:
+    def counted(name: str, call: Any, *args: Any, **options: Any) -> Any:
         calls.append(name)
-        return call(*args)
+        return call(*args, **options)
 
     way = MATMULS[Operation.blocks]
     with pytest.MonkeyPatch.context() as patch:
         watched = Matmuls(partial(counted, "gather", way.gather), partial(counted, "scatter", way.scatter))
         patch.setitem(MATMULS, Operation.blocks, watched)
-        patch.setattr(tensor, "gather", partial(counted, "gather", tensor.gather))
+        patch.setattr(tensor, "gather", partial(counted, "gather joined", tensor.gather))
         sequence = ShardedSequence(group, Operation.blocks, list_repeated(make_config(recompute=policy)))
         make_sharded(drawn, rank, sequence, False, policy)
     return calls
