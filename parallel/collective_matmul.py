@@ -176,7 +176,8 @@ def find_obstacle(device: torch.device, degree: int, ranks_per_node: int) -> str
     Ranks of a machine decide alike, because they ask for the wires between all devices of that machine.
     """
     if device.type != "cuda" or torch.version.cuda is None:
-        return f"torch's fused operators are for NVIDIA devices, and this is {device.type}"
+        found = "ROCm" if device.type == "cuda" else device.type
+        return f"torch's fused operators are for NVIDIA devices, and this run is on {found}"
     if ranks_per_node % degree:
         return f"they stay inside a machine, and {degree} tp ranks do not, with {ranks_per_node} ranks on each"
     from torch._C._autograd import DeviceType
