@@ -184,8 +184,10 @@ def work_exchange(mesh: Any, options: list[str]) -> None:
     group, ranks = mesh.group(Axis.ep, Traffic.tokens), mesh.degree(Axis.ep)
 
     def whole() -> None:
-        there, weights, layout = exchange.dispatch(tokens, experts, gates)
-        exchange.combine(unpermute(permute(there, layout.copies), weights, layout.copies), layout)
+        (shipped,) = exchange.dispatch(tokens, gates, exchange.announce(experts))
+        there, weights, layout = exchange.arrive(shipped)
+        mixed = unpermute(permute(there, layout.copies), weights, layout.copies)
+        exchange.collect(exchange.combine((mixed, layout)))
 
     def bare(sent: list[int], received: list[int]) -> Callable[[], None]:
         forth, back = (torch.randn(sum(rows), hidden).bfloat16() for rows in (sent, received))
@@ -196,10 +198,11 @@ def work_exchange(mesh: Any, options: list[str]) -> None:
 
         return run
 
-    even = [8192 // ranks] * ranks
+    (shipped,) = exchange.dispatch(tokens, gates, exchange.announce(experts))
+    arrived, even = exchange.arrive(shipped), [8192 // ranks] * ranks
     contenders = {
         "step": whole,
-        "bare": bare(*exchange.dispatch(tokens, experts, gates).layout.home.splits.tolist()),
+        "bare": bare(*arrived.layout.home.splits.tolist()),
         "every choice": bare(even, even),
     }
     for line in sys.stdin:

@@ -191,9 +191,9 @@ def lose(rank: int, store: Path, options: argparse.Namespace) -> None:
 
 
 def replay(schedule: Schedule, everyone: list[list[Span]]) -> Timeline:
-    """The simulation with the time that each action took; a pair's is that of its two sides."""
+    """The simulation with the time that each action took."""
     took = {span.action: span.end - span.start for spans in everyone for span in spans}
-    durations = [sum(took[action] for action in parts(compute)) for computes in schedule.lists for compute in computes]
+    durations = [took[compute] for computes in schedule.lists for compute in computes]
     return simulate(schedule, durations=durations)
 
 

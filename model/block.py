@@ -1,17 +1,27 @@
 """A transformer block, written once as segments that any runner may order, split or overlap.
 
-    MoE     attention | dispatch | experts | combine | merge         lanes: compute, comm, compute, comm, compute
+    MoE     attention | announce | dispatch | shared | arrive | experts | combine | collect | merge
+            compute     comm       comm       compute  comm     compute   comm      comm      compute
     dense   attention | mlp                                           lanes: compute, compute
 
-A segment maps a carry (a tuple of tensors) to the next carry. On one device the two comm segments move nothing. Each
-compute segment is an nn.Module entered through ``__call__``, so that hooks, recomputation and compilation apply to it.
-Shapes: x [B, S, H]; T = B * S tokens; K choices; rows [P, H] and R tokens arrived as in model/exchange.py.
+A segment maps a carry (a tuple) to the next carry. Every exchange has two halves: what starts it returns at once, what
+ends it waits, and says so in ``waits``. Between the two a runner may do something else; the shared experts are there
+already, between ``dispatch`` and ``arrive``. On one device nothing is sent, and nothing waits.
+
+Tokens may go to their experts in several pieces, so that experts start on the first while the second is on its way:
+
+    .. dispatch | shared | arrive 0 | experts 0 | combine 0 | arrive 1 | experts 1 | combine 1 | collect | merge
+
+Each compute segment is an nn.Module entered through ``__call__``, so that hooks, recomputation and compilation apply to
+it. Shapes: x [B, S, H]; T = B * S tokens; K choices; rows [P, H] and R tokens arrived as in model/exchange.py.
 """
 
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from model.attention import Context, LatentAttention
@@ -30,12 +40,21 @@ class Lane(StrEnum):
     comm = "comm"
 
 
+class Wait(StrEnum):
+    """What a segment waits for as it begins."""
+
+    nothing = "nothing"
+    counts = "counts"  # a few numbers, soon there
+    rows = "rows"  # as many rows as there are tokens, or more
+
+
 class Segment(NamedTuple):
     """One step of a block: ``module(carry, context)`` gives the next carry."""
 
     name: str
     lane: Lane
     module: Callable[[Any, Context], Any]
+    waits: Wait = Wait.nothing
 
 
 class Attended(NamedTuple):
@@ -46,20 +65,20 @@ class Attended(NamedTuple):
     routing: Routing | None
 
 
-class Dispatched(NamedTuple):
-    """Tokens where their experts are."""
+class Routed(NamedTuple):
+    """Tokens on their way to experts and back, in pieces; ``normed`` is there as long as somebody reads it."""
 
-    attended: Attended
-    arrived: Arrived
+    residual: Tensor  # [B, S, H]
+    normed: Tensor | None  # [B, S, H]
+    routing: Routing
+    pieces: tuple[Any, ...]  # of each: Shipped, Arrived, Computed, Shipped, at last rows [T / pieces, H]
 
 
 class Computed(NamedTuple):
-    """What the experts made of the tokens that they got; ``residual`` already holds the shared expert's output."""
+    """What the experts made of the tokens that they got."""
 
-    residual: Tensor  # [B, S, H]
-    mixed: Tensor  # [R, H] where the experts are, [T, H] once combined
+    mixed: Tensor  # [R, H]
     layout: Layout
-    routing: Routing
 
 
 class BlockOutput(NamedTuple):
@@ -106,35 +125,50 @@ class MLPSegment(nn.Module):
         return BlockOutput(carry.residual + self.swiglu(carry.normed, context.deferred), None)
 
 
+class SharedSegment(SwiGLU):
+    """Shared experts over the tokens that stayed."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden, config.moe.ffn * config.moe.shared_experts)
+        self.run = runner(config)
+
+    def forward(self, residual: Tensor, normed: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+        return self.run(self.body, residual, normed, context)
+
+    def body(self, residual: Tensor, normed: Tensor, context: Context) -> Tensor:
+        """What recomputation repeats."""
+        return residual + super().forward(normed, context.deferred)
+
+
 class ExpertsSegment(nn.Module):
-    """Routed experts over the tokens that arrived, weighed and summed; shared experts over the tokens that stayed."""
+    """Routed experts over the tokens that arrived, weighed and summed. ``shared`` is a segment by itself."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        moe = config.moe
-        self.routed = Experts(moe.experts, config.hidden, moe.ffn)
-        self.shared = SwiGLU(config.hidden, moe.ffn * moe.shared_experts) if moe.shared_experts else None
+        self.routed = Experts(config.moe.experts, config.hidden, config.moe.ffn)
+        self.shared = SharedSegment(config) if config.moe.shared_experts else None
         self.run = runner(config)
 
-    def forward(self, carry: Dispatched, context: Context) -> Computed:
-        return self.run(self.body, carry, context)
+    def forward(self, arrived: Arrived, context: Context) -> Computed:
+        return self.run(self.body, arrived, context)
 
-    def body(self, carry: Dispatched, context: Context) -> Computed:
+    def body(self, arrived: Arrived, context: Context) -> Computed:
         """What recomputation repeats."""
-        (residual, normed, routing), (tokens, gates, layout) = carry
-        assert routing is not None
+        tokens, gates, layout = arrived
         rows = self.routed(permute(tokens, layout.copies), layout.ends, context.deferred)
-        mixed = unpermute(rows, gates, layout.copies)
-        if self.shared is not None:
-            residual = residual + self.shared(normed, context.deferred)
-        return Computed(residual, mixed, layout, routing)
+        return Computed(unpermute(rows, gates, layout.copies), layout)
 
 
 class MergeSegment(nn.Module):
     """Add what came back from the experts to the residual stream."""
 
-    def forward(self, carry: Computed, context: Context) -> BlockOutput:
-        return BlockOutput(carry.residual + carry.mixed.view_as(carry.residual), carry.routing)
+    def forward(self, carry: Routed, context: Context) -> BlockOutput:
+        rows = carry.pieces[0] if len(carry.pieces) == 1 else torch.cat(carry.pieces)
+        return BlockOutput(carry.residual + rows.view_as(carry.residual), carry.routing)
+
+
+# What a processor spends its time in: to be compiled, or timed, one by one.
+COMPUTE = (AttentionSegment, MLPSegment, SharedSegment, ExpertsSegment, MergeSegment)
 
 
 class Block(nn.Module):
@@ -151,27 +185,40 @@ class Block(nn.Module):
         else:
             self.mlp = MLPSegment(config)
 
-    def dispatch(self, carry: Attended, context: Context) -> Dispatched:
-        """Send tokens to their experts' ranks."""
+    def announce(self, carry: Attended, context: Context) -> Routed:
+        """Tell ranks how many tokens they will get."""
         assert self.exchange is not None and carry.routing is not None
-        tokens, (experts, gates, *_) = carry.normed.flatten(0, 1), carry.routing
-        return Dispatched(carry, self.exchange.dispatch(tokens, experts, gates))
+        announced = self.exchange.announce(carry.routing.experts)
+        return Routed(carry.residual, carry.normed, carry.routing, (announced,))
 
-    def combine(self, carry: Computed, context: Context) -> Computed:
-        """Send expert outputs back to their tokens' ranks."""
-        assert self.exchange is not None
-        return carry._replace(mixed=self.exchange.combine(carry.mixed, carry.layout))
+    def dispatch(self, carry: Routed, context: Context) -> Routed:
+        """Start to send tokens to their experts' ranks."""
+        assert self.exchange is not None and carry.normed is not None
+        shipped = self.exchange.dispatch(carry.normed.flatten(0, 1), carry.routing.gates, *carry.pieces)
+        return carry._replace(pieces=shipped, normed=carry.normed if self.experts.shared is not None else None)
 
     def segments(self) -> tuple[Segment, ...]:
         """The block as data, in order."""
         attention = Segment("attention", Lane.compute, self.attention)
         if self.exchange is None:
             return attention, Segment("mlp", Lane.compute, self.mlp)
+        shared = self.experts.shared
+        there: list[Segment] = []
+        back: list[Segment] = []
+        for i in range(self.exchange.pieces):
+            there += [
+                Segment("arrive", Lane.comm, partial(_do, self.exchange.arrive, i), Wait.rows),
+                Segment("experts", Lane.compute, partial(_compute, self.experts, i)),
+                Segment("combine", Lane.comm, partial(_do, self.exchange.combine, i)),
+            ]
+            back.append(Segment("collect", Lane.comm, partial(_do, self.exchange.collect, i), Wait.rows))
         return (
             attention,
-            Segment("dispatch", Lane.comm, self.dispatch),
-            Segment("experts", Lane.compute, self.experts),
-            Segment("combine", Lane.comm, self.combine),
+            Segment("announce", Lane.comm, self.announce),
+            Segment("dispatch", Lane.comm, self.dispatch, Wait.counts),
+            *([Segment("shared", Lane.compute, partial(_share, shared))] if shared is not None else []),
+            *there,
+            *back,
             Segment("merge", Lane.compute, self.merge),
         )
 
@@ -180,3 +227,22 @@ class Block(nn.Module):
         for segment in self.segments():
             carry = segment.module(carry, context)
         return carry
+
+
+def _share(shared: nn.Module, carry: Routed, context: Context) -> Routed:
+    """The shared experts, after which nobody reads the normalised stream."""
+    return carry._replace(residual=shared(carry.residual, carry.normed, context), normed=None)
+
+
+def _do(half: Callable[[Any], Any], i: int, carry: Routed, context: Context) -> Routed:
+    """One half of an exchange, for piece ``i``."""
+    return _put(carry, i, half(carry.pieces[i]))
+
+
+def _compute(experts: nn.Module, i: int, carry: Routed, context: Context) -> Routed:
+    """The experts over piece ``i``."""
+    return _put(carry, i, experts(carry.pieces[i], context))
+
+
+def _put(carry: Routed, i: int, piece: Any) -> Routed:
+    return carry._replace(pieces=(*carry.pieces[:i], piece, *carry.pieces[i + 1 :]))

@@ -1,8 +1,9 @@
 """torch.compile, one compute segment at a time.
 
 Segments of one kind share their code, so a model of any depth compiles a handful of graphs: attention with and without
-a router, experts, merge, the dense feed-forward part. Communication stays outside; so do runs that put weight gradients
-off (``deferred``) and generation (its cache grows every token), which execute the same segments eagerly.
+a router, shared experts, routed ones, merge, the dense feed-forward part. Communication stays outside; so do runs that
+put weight gradients off (``deferred``) and generation (its cache grows every token), which execute the same segments
+eagerly.
 
 How many rows arrive from other ranks differs in every step: those sizes are marked dynamic from the first call.
 """
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from model.attention import Context
-from model.block import Block, Dispatched, Lane
+from model.block import COMPUTE
+from model.exchange import Arrived
 from model.transformer import Transformer
 
 GRAPHS = 64  # a segment is compiled anew for each shape and for evaluation; torch gives up after 8 by default
@@ -23,20 +25,21 @@ GRAPHS = 64  # a segment is compiled anew for each shape and for evaluation; tor
 def compile_segments(model: Transformer, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile every compute segment of ``model`` in place; the first call of each kind pays for it."""
     torch._dynamo.config.recompile_limit = GRAPHS
-    for block in (module for module in model.modules() if isinstance(module, Block)):
-        for segment in block.segments():
-            if segment.lane is Lane.compute:
-                assert isinstance(segment.module, torch.nn.Module)
-                eager = segment.module.forward
-                compiled = torch.compile(eager, dynamic=False, fullgraph=True, backend=backend)
-                segment.module.forward = partial(_run, eager, compiled)
+    for module in model.modules():
+        if isinstance(module, COMPUTE):
+            eager = module.forward
+            compiled = torch.compile(eager, dynamic=False, fullgraph=True, backend=backend)
+            module.forward = partial(_run, eager, compiled)  # type: ignore[method-assign]
 
 
-def _run(eager: Callable[..., Any], compiled: Callable[..., Any], carry: Any, context: Context) -> Any:
-    """Through the compiled segment, unless the list or the cache in ``context`` would have to be compiled with it."""
+def _run(eager: Callable[..., Any], compiled: Callable[..., Any], *carry: Any) -> Any:
+    """Through the compiled segment, unless the list or the cache in the context, which comes last, would have to be
+    compiled with it.
+    """
+    first, context = carry[0], carry[-1]
+    assert isinstance(context, Context)
     plain = context.deferred is None and context.cache is None
-    if isinstance(carry, Dispatched) and (home := carry.arrived.layout.home) is not None:
-        tokens, gates, layout = carry.arrived
-        for tensor in (tokens, gates, *layout.copies, home.copies.source, home.copies.slots):
+    if isinstance(first, Arrived) and (home := first.layout.home) is not None:
+        for tensor in (first.tokens, first.gates, *first.layout.copies, home.copies.source, home.copies.slots):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return (compiled if plain else eager)(carry, context)
+    return (compiled if plain else eager)(*carry)

@@ -12,7 +12,7 @@ With these at hand, gathers serve all four directions: to the experts, back, and
 Shapes: tokens [T, H], K choices a token, C choices in all, experts and gates [T, K] or [C], rows [P, H].
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -50,15 +50,40 @@ class Arrived(NamedTuple):
     layout: Layout
 
 
-class Exchange(Protocol):
-    """Brings tokens to the rank that holds their experts, and what the experts made of them back."""
+class Shipped(NamedTuple):
+    """Rows on their way: between the two halves of an exchange, gradients go through ``tensors`` alone."""
 
-    def dispatch(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Arrived:
-        """tokens [T, H], experts and gates [T, K] -> the tokens and choices that are for this rank's experts."""
+    tensors: tuple[Tensor, ...]
+    ticket: Any  # whatever the other half needs besides
+
+
+class Exchange(Protocol):
+    """Brings tokens to the rank that holds their experts, and what the experts made of them back.
+
+    There and back are two halves each: the first starts and returns at once, the second waits. Tokens may go in several
+    ``pieces``, each by itself.
+    """
+
+    pieces: int
+
+    def announce(self, experts: Tensor) -> Any:
+        """Starts to tell how many tokens will come, of choices [T, K]; gives what ``dispatch`` wants."""
         ...
 
-    def combine(self, mixed: Tensor, layout: Layout) -> Tensor:
-        """Weighed outputs [R, H], one row for each token that arrived -> [T, H], of this rank's tokens."""
+    def dispatch(self, tokens: Tensor, gates: Tensor, announced: Any) -> tuple[Shipped, ...]:
+        """Starts to send tokens [T, H] with the gates [T, K] of their choices, each piece by itself."""
+        ...
+
+    def arrive(self, shipped: Shipped) -> Arrived:
+        """The tokens and choices of a piece that are for this rank's experts."""
+        ...
+
+    def combine(self, computed: tuple[Tensor, Layout]) -> Shipped:
+        """Starts to send weighed outputs [R, H], one row for each token that arrived, back to where they came from."""
+        ...
+
+    def collect(self, shipped: Shipped) -> Tensor:
+        """Those of this rank's tokens of a piece, [T / pieces, H]."""
         ...
 
 
@@ -85,15 +110,30 @@ def lay_out(experts: Tensor, tokens: Tensor, held: int, count: int, pad: int) ->
 class LocalExchange:
     """All experts are here: tokens stay where they are and only the layout is computed."""
 
+    pieces = 1
+
     def __init__(self, experts: int, pad: int) -> None:
         self.experts, self.pad = experts, pad
 
-    def dispatch(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Arrived:
-        held, choices = experts.shape
-        owners = torch.arange(held, device=experts.device).repeat_interleave(choices)
-        return Arrived(tokens, gates.flatten(), lay_out(experts.flatten(), owners, held, self.experts, self.pad))
+    def announce(self, experts: Tensor) -> Tensor:
+        return experts
 
-    def combine(self, mixed: Tensor, layout: Layout) -> Tensor:
+    def dispatch(self, tokens: Tensor, gates: Tensor, announced: Tensor) -> tuple[Shipped, ...]:
+        held, choices = announced.shape
+        owners = torch.arange(held, device=announced.device).repeat_interleave(choices)
+        layout = lay_out(announced.flatten(), owners, held, self.experts, self.pad)
+        return (Shipped((tokens, gates.flatten()), layout),)
+
+    def arrive(self, shipped: Shipped) -> Arrived:
+        tokens, gates = shipped.tensors
+        return Arrived(tokens, gates, shipped.ticket)
+
+    def combine(self, computed: tuple[Tensor, Layout]) -> Shipped:
+        mixed, _ = computed
+        return Shipped((mixed,), None)
+
+    def collect(self, shipped: Shipped) -> Tensor:
+        (mixed,) = shipped.tensors
         return mixed
 
 

@@ -8,24 +8,23 @@
 A pipeline stage is the same model with a stretch of the layers: the first has the embedding, the last what follows
 block L-1 (and the embedding, if MTP or a tied head reads it). Names stay those of the whole model.
 
-Loss = main / tokens + weight / D * sum_d mtp_d / tokens_d + alpha * aux / sequences; the denominators are those of the
-whole global batch and are given. Shapes: B sequences, S tokens, H hidden, V vocabulary, T = B * S.
+Shapes: B sequences, S tokens, H hidden, V vocabulary, T = B * S.
 """
 
 import torch
 from torch import Tensor, nn
 
 from model.attention import Cache, Context
-from model.batch import Batch, Denominators, Losses, slice_labels
-from model.block import Block, BlockOutput
+from model.batch import Batch, Denominators, Losses
+from model.block import Block
 from model.config import ModelConfig
 from model.core import Core, attend
 from model.embedding import Embedding
 from model.exchange import Exchange
+from model.flow import begin, list_segments, locate, run, share
 from model.linear import Deferred, Linear
-from model.loss import CrossEntropy, cross_entropy, widen
-from model.rope import tables
-from model.router import Router, Routing
+from model.loss import CrossEntropy, cross_entropy
+from model.router import Router
 
 
 class MTPModule(nn.Module):
@@ -39,10 +38,10 @@ class MTPModule(nn.Module):
         self.block = Block(config, layer, core, exchange)
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, embedded: Tensor, context: Context) -> BlockOutput:
-        """State [B, S, H] and embedding of the token ahead [B, S, H] -> the next state, before its norm."""
+    def forward(self, x: Tensor, embedded: Tensor, context: Context) -> Tensor:
+        """State [B, S, H] and embedding of the token ahead [B, S, H] -> what its block takes. The rest is segments."""
         joined = torch.cat((self.hidden_norm(x), self.embedding_norm(embedded)), dim=-1)
-        return self.block(self.project(joined, context.deferred), context)
+        return self.project(joined, context.deferred)
 
 
 class Elsewhere(nn.Module):
@@ -80,26 +79,15 @@ class Transformer(nn.Module):
         self, batch: Batch, denominators: Denominators, deferred: Deferred = None, x: Tensor | None = None
     ) -> Losses:
         """One micro-batch's share of the loss of the global batch. ``x`` [B, S, H] comes from the stage before."""
-        depth = self.config.mtp.depth
-        length = batch.ids.shape[1] - 1 - depth
-        context = self._context(torch.arange(length, device=batch.ids.device))
-        context = context._replace(documents=batch.documents, deferred=deferred)
-        x, routings = self._trunk(self.embedding(batch.ids[:, :length]) if x is None else x, context)
-        if self.here.stop < self.config.num_layers:
-            return self._losses([], routings, denominators)._replace(hidden=x)
-        sums = [self._cross_entropy(self.norm(x), batch, 0)]
-        for d, module in enumerate(self.mtp, start=1):
-            assert isinstance(module, MTPModule)
-            x, routing = module(x, self.embedding(batch.ids[:, d : d + length]), context)
-            routings.append(routing)
-            sums.append(self._cross_entropy(module.norm(x), batch, d))
-        return self._losses(sums, routings, denominators)
+        return run(
+            list_segments(self, batch, denominators, whole_blocks=True), begin(self, x), share(self, batch, deferred)
+        )
 
     def logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens [B, S] -> logits [B, S, V], at least float32. With a cache, the tokens follow those cached."""
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x, _ = self._trunk(self.embedding(tokens), self._context(positions)._replace(cache=cache))
+        x = self._trunk(self.embedding(tokens), locate(self.config, positions)._replace(cache=cache))
         logits = self.norm(x) @ self.head.weight.t()
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -117,37 +105,7 @@ class Transformer(nn.Module):
         for router, counts in zip(self.routers(), load[self.rows()], strict=True):
             router.update_bias(counts, speed)
 
-    def _context(self, positions: Tensor) -> Context:
-        return Context(*tables(self.config.rope, self.config.attention.rope_dim, positions))
-
-    def _trunk(self, x: Tensor, context: Context) -> tuple[Tensor, list[Routing | None]]:
-        routings = []
+    def _trunk(self, x: Tensor, context: Context) -> Tensor:
         for i in self.here:
-            x, routing = self.layers[i](x, context)
-            routings.append(routing)
-        return x, routings
-
-    def _cross_entropy(self, hidden: Tensor, batch: Batch, d: int) -> Tensor:
-        labels, counted = slice_labels(batch, self.config.mtp.depth, d)
-        return self.cross_entropy(hidden, self.head.weight, labels, counted)
-
-    def _losses(self, sums: list[Tensor], routings: list[Routing | None], denominators: Denominators) -> Losses:
-        """Of this stage: cross entropy is the last one's, the auxiliary loss and the load are those of its routers."""
-        config, here = self.config, [r for r in routings if r is not None]
-        weight = next(self.parameters())
-        zero = torch.zeros((), dtype=widen(weight.dtype), device=weight.device)
-        total = sum(
-            (
-                (config.mtp.weight / config.mtp.depth if d else 1.0) * loss / denominators.tokens[d]
-                for d, loss in enumerate(sums)
-            ),
-            zero,
-        )
-        aux = sum((r.aux for r in here), zero)
-        if config.moe.aux_alpha:
-            total = total + config.moe.aux_alpha * aux / denominators.sequences
-        load = torch.zeros(len(config.routed_blocks()), config.moe.experts, dtype=torch.int64, device=zero.device)
-        if here:
-            load[self.rows()] = torch.stack([r.load for r in here])
-        stacked = torch.stack(sums) if sums else zero.expand(1 + config.mtp.depth)
-        return Losses(total, stacked.detach(), aux.detach(), load)
+            x, _ = self.layers[i](x, context)
+        return x

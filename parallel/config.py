@@ -55,9 +55,15 @@ class TensorOverlap(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class OverlapConfig:
-    """What communication is hidden behind computation."""
+    """What is sent while something else is computed."""
 
-    tensor: TensorOverlap = TensorOverlap.auto  # gathers and sums between tp ranks, behind the products beside them
+    pairs: bool = True  # the pairs of a schedule go together, one computing while the other sends; else in turns
+    tensor: TensorOverlap = TensorOverlap.auto  # exchanges of tp and the products beside them
+    pieces: int = 1  # in which tokens go to their experts, who start on the first
+
+    def __post_init__(self) -> None:
+        if self.pieces < 1:
+            raise ValueError(f"parallel.overlap.pieces={self.pieces} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,8 +76,8 @@ class ParallelConfig:
     tp: int = 1  # tensor: a layer over ranks
     ep: int = 1  # expert: routed experts over dp * cp * tp ranks
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
     rebalance_every: int = 0  # steps between moves of experts to even out ranks' loads; 0: experts stay
 
     def __post_init__(self) -> None:

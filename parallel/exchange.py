@@ -23,10 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.block import Block
-from model.exchange import Arrived, Copies, Home, Layout, collect, lay_out, sum_copies
+from model.exchange import Arrived, Copies, Home, Layout, Shipped, collect, lay_out, sum_copies
 from parallel.collectives import all_to_all, all_to_all_joined
 from parallel.locality import count, look
 from parallel.mesh import Mesh, Traffic
+from parallel.overlap.flight import Tensors, arrive, depart
+from parallel.pending import Pending
 from parallel.topology import Axis
 
 
@@ -49,33 +51,47 @@ class Sending(NamedTuple):
     counts: Tensor  # [n, 2] int64, rows and choices for each rank
 
 
-class Dispatch(torch.autograd.Function):
-    """Copies of tokens [T, H] with their gates and slots [T, K] to the ranks of ``copies``; gradients back, summed."""
+class Announced(NamedTuple):
+    """Tokens before they leave, while ranks tell each other how many rows there will be."""
 
-    @staticmethod
-    def forward(ctx, tokens: Tensor, gates: Tensor, slots: Tensor, copies: Copies, way: Way):  # type: ignore[no-untyped-def]
-        ctx.copies, ctx.way = copies, way
-        received = all_to_all_joined((tokens, gates, slots), copies.source, *way).wait()
-        ctx.mark_non_differentiable(received[-1])
-        return tuple(received)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):  # type: ignore[no-untyped-def]
-        returned = all_to_all_joined(gradients[:2], None, *ctx.way.back()).wait()
-        return *(sum_copies(g, ctx.copies.slots, ctx.copies.starts) for g in returned), None, None, None
+    slots: tuple[Tensor, ...]  # of every piece, [T, K] int64
+    sendings: tuple[Sending, ...]
+    counts: Pending[Tensor]  # [n, 2 pieces], rows and choices from each rank, piece by piece
 
 
-class Return(torch.autograd.Function):
-    """Rows to the ranks that their tokens came from; their gradients back."""
+class ToExperts(NamedTuple):
+    """The route of tokens [T, H] with their gates and slots [T, K]: copies to ranks, gradients back and summed."""
 
-    @staticmethod
-    def forward(ctx, rows: Tensor, way: Way):  # type: ignore[no-untyped-def]
-        ctx.way = way
-        return all_to_all(rows, *way).wait()
+    copies: Copies
+    way: Way
 
-    @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        return all_to_all(g, *ctx.way.back()).wait(), None
+    def there(self, *tensors: Tensor) -> Pending[Tensors]:
+        """See ``parallel.overlap.flight.Route``."""
+        return all_to_all_joined(tensors, self.copies.source, *self.way)
+
+    def back(self, *gradients: Tensor) -> Pending[Tensors]:
+        """See ``parallel.overlap.flight.Route``."""
+        _, slots, starts = self.copies
+        returned = all_to_all_joined(gradients[:2], None, *self.way.back())
+        return returned.then(
+            lambda parts: (*(sum_copies(part, slots, starts) for part in parts if part is not None), None)
+        )
+
+
+class FromExperts(NamedTuple):
+    """The route of rows to the ranks that their tokens came from; of their gradients back."""
+
+    way: Way
+
+    def there(self, *tensors: Tensor) -> Pending[Tensors]:
+        """See ``parallel.overlap.flight.Route``."""
+        (rows,) = tensors
+        return all_to_all(rows, *self.way).then(lambda rows: (rows,))
+
+    def back(self, *gradients: Tensor) -> Pending[Tensors]:
+        """See ``parallel.overlap.flight.Route``."""
+        (rows,) = gradients
+        return all_to_all(rows, *self.way.back()).then(lambda rows: (rows,))
 
 
 class ExpertExchange:
@@ -83,32 +99,56 @@ class ExpertExchange:
 
     def __init__(self, experts: int, pad: int, mesh: Mesh) -> None:
         """``experts`` in all; ep divides them."""
-        self.experts, self.pad, self.ranks = experts, pad, mesh.degree(Axis.ep)
+        self.experts, self.pad, self.ranks, self.pieces = experts, pad, mesh.degree(Axis.ep), 1
         self.places = torch.arange(experts, device=mesh.device)  # [E] int64, the slot of every expert
         self._view = look(mesh.topology.group(mesh.rank, Axis.ep), mesh.rank, mesh.ranks_per_node, mesh.device)
+        self.lanes = mesh.lanes
         self._travelled = torch.zeros(4, dtype=torch.int64, device=mesh.device)
         self._tokens, self._counts = mesh.group(Axis.ep, Traffic.tokens), mesh.group(Axis.ep, Traffic.counts)
 
-    def dispatch(self, tokens: Tensor, experts: Tensor, gates: Tensor) -> Arrived:
-        slots = self.places.index_select(0, experts.flatten()).view_as(experts)
-        sending = address(slots, self.experts, self.ranks)
-        even = [1] * self.ranks
-        pending = all_to_all(sending.counts, even, even, self._counts)
-        self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
-        sizes = torch.stack((sending.counts, pending.wait())).permute(2, 0, 1).cpu()  # [2, 2, n], of rows and choices
+    def announce(self, experts: Tensor) -> Announced:
+        slots = self.places.index_select(0, experts.flatten()).view_as(experts).tensor_split(self.pieces)
+        sendings = tuple(address(piece, self.experts, self.ranks) for piece in slots)
+        even, counts = [1] * self.ranks, torch.cat([sending.counts for sending in sendings], 1)
+        pending = self.lanes.start(lambda x: all_to_all(x, even, even, self._counts), counts)
+        return Announced(slots, sendings, pending)
+
+    def dispatch(self, tokens: Tensor, gates: Tensor, announced: Announced) -> tuple[Shipped, ...]:
+        for sending in announced.sendings:
+            self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
+        there = announced.counts.wait().unflatten(1, (self.pieces, 2))
+        here = torch.stack([sending.counts for sending in announced.sendings], 1)
+        sizes = torch.stack((here, there)).permute(2, 3, 0, 1).cpu()  # [pieces, 2, 2, n], of rows and choices
+        parts = zip(
+            tokens.tensor_split(self.pieces), gates.tensor_split(self.pieces), *announced[:2], sizes, strict=True
+        )
+        return tuple(self._ship(*part) for part in parts)
+
+    def arrive(self, shipped: Shipped) -> Arrived:
+        flight, choices, home = shipped.ticket
+        there, gates, slots = arrive(flight, *shipped.tensors)
+        mine, layout = self._lay_out(slots, choices)
+        return Arrived(there, gates.flatten().index_select(0, mine), layout._replace(home=home))
+
+    def combine(self, computed: tuple[Tensor, Layout]) -> Shipped:
+        mixed, layout = computed
+        assert layout.home is not None
+        sent, received = layout.home.splits.tolist()
+        flight, connection = depart(FromExperts(Way(received, sent, self._tokens)), self.lanes, mixed)
+        return Shipped((connection,), (flight, layout.home.copies))
+
+    def collect(self, shipped: Shipped) -> Tensor:
+        flight, copies = shipped.ticket
+        (rows,) = arrive(flight, *shipped.tensors)
+        return collect(rows, copies)
+
+    def _ship(self, tokens: Tensor, gates: Tensor, slots: Tensor, sending: Sending, sizes: Tensor) -> Shipped:
+        """Starts to send a piece; ``sizes`` [2, 2, n] of rows and choices, here and there."""
         (sent, received), (_, choices) = sizes.tolist()
         copies = copy_out(sending.touched, sum(sent))
-        way = Way(sent, received, self._tokens)
-        there, their_gates, their_slots = Dispatch.apply(tokens, gates, slots.int(), copies, way)
-        mine, layout = self._lay_out(their_slots, sum(choices))
-        home = Home(copies, sizes[0])
-        return Arrived(there, their_gates.flatten().index_select(0, mine), layout._replace(home=home))
-
-    def combine(self, mixed: Tensor, layout: Layout) -> Tensor:
-        home = layout.home
-        assert home is not None
-        sent, received = home.splits.tolist()
-        return collect(Return.apply(mixed, Way(received, sent, self._tokens)), home.copies)
+        route = ToExperts(copies, Way(sent, received, self._tokens))
+        flight, connection = depart(route, self.lanes, tokens, gates, slots.int())
+        return Shipped((connection,), (flight, sum(choices), Home(copies, sizes[0])))
 
     def take_travelled(self) -> Tensor:
         """What has been moved since this was last asked: [4], see ``parallel.locality.Travel``."""
@@ -154,6 +194,12 @@ def find_exchanges(models: Iterable[nn.Module]) -> dict[str, ExpertExchange]:
         for name, block in model.named_modules()
         if isinstance(block, Block) and isinstance(block.exchange, ExpertExchange)
     }
+
+
+def cut_tokens(models: Iterable[nn.Module], pieces: int) -> None:
+    """Tokens go to their experts, where these are spread over ranks, in so many pieces."""
+    for exchange in find_exchanges(models).values():
+        exchange.pieces = pieces
 
 
 def take_travelled(models: Iterable[nn.Module], mesh: Mesh) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from parallel.overlap.lanes import Lanes, choose_lanes
 from parallel.placement import HOLDERS, Placement, Shard, holders
 from parallel.topology import Axis, Topology
 from parallel.traffic import GROUPS, Traffic
@@ -22,6 +23,8 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
 # Whose reduce-scatter takes several times as long as an exchange and a sum, and adds in an order that depends on where
 # a buffer is cut.
 SLOW_SUMS = {"gloo"}
+# Whose all-to-all serves one peer after the other, and so gets half to three quarters of what a link can carry.
+SLOW_EXCHANGES = {"gloo"}
 
 
 def connect(
@@ -60,6 +63,11 @@ def sums_itself(group: dist.ProcessGroup) -> bool:
     return dist.get_backend(group) in SLOW_SUMS
 
 
+def posts_itself(group: dist.ProcessGroup) -> bool:
+    """Whether ranks of ``group`` send each other the parts of an all-to-all one by one; else their backend does."""
+    return dist.get_backend(group) in SLOW_EXCHANGES
+
+
 def disconnect() -> None:
     """Leaves, together with every other rank: one that is still talking would be cut off, and gloo would abort it."""
     dist.barrier()
@@ -79,6 +87,7 @@ class Mesh:
         self.topology, self.device, self.rank = topology, device, dist.get_rank()
         # What every launcher of torch says of a machine; without one, one machine has all ranks.
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world))
+        self.lanes: Lanes = choose_lanes(device)
         self._timeout = timeout
         self._made: dict[tuple[tuple[int, ...], Traffic], dist.ProcessGroup] = {}
         self._groups = {key: self._make(topology.group(self.rank, key[0]), *key) for key in GROUPS}

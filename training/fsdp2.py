@@ -33,7 +33,7 @@ from parallel.placement import Shard
 from parallel.topology import Axis
 from training.chunk import Chunk, fill
 from training.config import MomentDtype, OptimizerConfig
-from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
+from training.engine import Hidden, Share, State, Unrolling, Update, Waiting, differentiate, name_parameters
 from training.optimizer import Part, match, sum_squares, update
 
 UNEVEN = 16  # rows a rank, from which on one row more or less does not matter
@@ -120,6 +120,10 @@ class Fsdp2:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
 
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """Not to be had here: hooks of modules would see half of a forward."""
+        raise AssertionError("pairs that overlap are for the native engine")
+
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss`` and of ``hidden`` to the step's, summed over the holders at once."""
         differentiate(loss, hidden)
@@ -127,6 +131,9 @@ class Fsdp2:
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Not to be had here: see the head of this file."""
         raise AssertionError("weight gradients that are put off are for the native engine")
+
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """Nothing: what starts inside of a backward, the library starts."""
 
     @torch.no_grad()
     def finished(self, stage: int) -> None:
@@ -150,6 +157,9 @@ class Fsdp2:
             master, grad, m, v = (tensor.view(-1) for tensor in (_local(o.parameter), _local_grad(o), o.m, o.v))
             update(Part(master, grad, m, v, None, o.decay), self.config, self._steps, lr, factor)
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""

@@ -17,13 +17,17 @@ from parallel.pipeline.plan import Pipeline, evaluation, program
 from parallel.pipeline.run import Interpreter, Span
 from training.arrange import arrange_stages
 from training.determinism import DTYPES
-from training.work import Differentiator, Evaluation, Shapes, Sums, Training
+from training.work import Differentiator, Evaluation, Mode, Shapes, Sums, Training
 
 
 class Runner:
     """Steps and evaluations of a rank, by the programs of its pipeline."""
 
-    def __init__(self, parallel: ParallelConfig, pipeline: Pipeline, shapes: Shapes, mesh: Mesh) -> None:
+    def __init__(
+        self, parallel: ParallelConfig, pipeline: Pipeline, shapes: Shapes, mesh: Mesh, compiled: bool = False
+    ) -> None:
+        """``compiled`` segments compute all gradients at once."""
+        self._mode = Mode(parallel.overlap.pairs, fill=not compiled)
         self.pipeline, self._parallel, self._shapes = pipeline, parallel, shapes
         self._place = mesh.coordinate(Axis.pp)
         self._interpreter = Interpreter(mesh.group(Axis.pp, Traffic.pipeline), self._place)
@@ -38,7 +42,7 @@ class Runner:
     ) -> Sums | None:
         """Forward and backward of every micro-batch. The sums of this rank, or None once ``stop`` says so."""
         steps = program(self._parallel, len(batches)).lists[self._place]
-        work = Training(engine, batches, denominators, self._shapes, steps)
+        work = Training(engine, batches, denominators, self._shapes, steps, self._mode)
         return work.sums if self._interpreter.run(steps, work, stop, spans) else None
 
     def evaluate(self, engine: Differentiator, batches: Sequence[Batch]) -> torch.Tensor:
@@ -53,7 +57,7 @@ def shape_activations(model: ModelConfig, length: int, dtype: torch.dtype, mesh:
     return Shapes(length // mesh.degree(Axis.sequence), model.hidden, 1 + model.mtp.depth, dtype, mesh.device)
 
 
-def make_runner(config: TrainConfig, mesh: Mesh) -> Runner:
+def make_runner(config: TrainConfig, mesh: Mesh, compiled: bool = False) -> Runner:
     """The runner of a run. Raises ValueError for a pipeline that does not fit it: see ``arrange_stages``."""
     shapes = shape_activations(config.model, config.data.sequence_length, DTYPES[config.precision], mesh)
-    return Runner(config.parallel, arrange_stages(config, mesh.degree(Axis.dp)), shapes, mesh)
+    return Runner(config.parallel, arrange_stages(config, mesh.degree(Axis.dp)), shapes, mesh, compiled)

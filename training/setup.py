@@ -48,7 +48,7 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
     machine = prepare_machine(config, mesh)
     text = open_shared_text(config, report, mesh)
     schedule = schedule_batches(config.run, config.data.sequence_length)
-    runner = make_runner(config, mesh)
+    runner = make_runner(config, mesh, machine.compiled)
     mesh.share(runner.pipeline.shared(config.model))
     stages, shards = build_parts(config, mesh, runner.pipeline)
     engine = hand_over(stages, shards, mesh, config)

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, Losses
 from model.linear import WeightGradient
-from parallel.pipeline.action import Op, parts
+from parallel.overlap.execute import interleave
+from parallel.overlap.program import Program, Tape, finish, rewind
+from parallel.pipeline.action import Action, Op, Overlap, parts
 from parallel.pipeline.lower import Exchange, Step
-from training.engine import Hidden
+from parallel.pipeline.run import Work
+from training.engine import Hidden, Unrolling
 
 
 class Differentiator(Protocol):
@@ -31,7 +34,13 @@ class Differentiator(Protocol):
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """See ``Engine``."""
 
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """See ``Engine``."""
+
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """See ``Engine``."""
+
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
         """See ``Engine``."""
 
     def finished(self, stage: int) -> None:
@@ -60,16 +69,28 @@ class Shapes(NamedTuple):
         return torch.empty(len(batch.ids), self.length, self.hidden, dtype=self.dtype, device=self.device)
 
 
+class Mode(NamedTuple):
+    """How pairs of a schedule are run."""
+
+    overlap: bool = True  # together; else one after the other
+    fill: bool = True  # the backward's weight gradients are put off, for when nothing else is to be done
+
+
 class Pending(NamedTuple):
     """A micro-batch between its forward and its backward."""
 
     x: Tensor | None
     losses: Losses
     deferred: list[WeightGradient] | None
+    tape: Tape | None = None  # of a forward that was a program
 
 
-class Training:
-    """Forward and backward of a step's micro-batches; ``sums`` when they are done: a ``parallel.pipeline.run.Work``."""
+class Training(Work):
+    """Forward and backward of a step's micro-batches; ``sums`` when they are done.
+
+    Where a schedule pairs a forward with a backward, both are programs (parallel/overlap/program.py), and everywhere
+    else in its step too.
+    """
 
     def __init__(
         self,
@@ -78,47 +99,72 @@ class Training:
         denominators: Denominators,
         shapes: Shapes,
         steps: Sequence[Step],
+        mode: Mode,
     ) -> None:
         self._engine, self._batches, self._denominators, self._shapes = engine, batches, denominators, shapes
-        self._split = {  # whose weight gradients are put off
-            action[1:]
-            for step in steps
-            if not isinstance(step, Exchange)
-            for action in parts(step)
-            if action.op is Op.I
-        }
+        pairs = [step for step in steps if isinstance(step, Overlap)] if mode.overlap else []
+        actions = [action for step in steps if not isinstance(step, Exchange) for action in parts(step)]
+        self._unrolls = bool(pairs)
+        self._fills = {pair.backward[1:] for pair in pairs if pair.backward.op is Op.B} if mode.fill else set()
+        # Whose weight gradients are put off.
+        self._split = self._fills | {action[1:] for action in actions if action.op is Op.I}
+        self._last = {action.stage: action for action in actions if action.op in (Op.B, Op.W)}
         self._pending: dict[tuple[int, int], Pending] = {}
         self.sums: Sums | None = None
 
     def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
         """See ``Work``."""
+        if self._unrolls:
+            return finish(self._unroll(stage, microbatch, x))
         x = None if x is None else x.requires_grad_()
         deferred: list[WeightGradient] | None = [] if (stage, microbatch) in self._split else None
         losses: Losses = self._engine.forward(stage, self._batches[microbatch], self._denominators, deferred, x)
         self._pending[stage, microbatch] = Pending(x, losses, deferred)
-        here = Sums(losses.sums, losses.aux, losses.load)
-        self.sums = here if self.sums is None else Sums(*(a + b for a, b in zip(self.sums, here, strict=True)))
-        return None if losses.hidden is None else losses.hidden.detach()
+        return self._count(losses)
 
     def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
         """See ``Work``."""
-        x, losses, deferred = self._pending.pop((stage, microbatch))
+        if self._unrolls:
+            return finish(self._rewind(stage, microbatch, gradient))
+        x, losses, deferred, _ = self._pending.pop((stage, microbatch))
         assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
         hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
+        if self._last[stage] == (Op.B, stage, microbatch):
+            self._engine.finishing(stage)
         self._engine.backward(stage, losses.total, hidden)
-        if deferred is not None:
-            self._pending[stage, microbatch] = Pending(None, losses._replace(hidden=None), deferred)
+        self._put_off(stage, microbatch, losses, deferred)
         return None if x is None else x.grad
+
+    def pair(
+        self, forward: Action, x: Tensor | None, backward: Action, gradient: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Work``."""
+        if not self._unrolls:
+            return super().pair(forward, x, backward, gradient)
+        behind, fills = backward[1:], backward[1:] in self._fills
+        deferred = self._pending[behind].deferred if fills else None
+
+        def fill() -> None:
+            # Half of what there is: some for the other program's wait, which comes before there is more.
+            if deferred:
+                for _ in range(-(-len(deferred) // 2)):
+                    self._accumulate(deferred.pop(0))
+
+        programs = (self._rewind(*behind, gradient), self._unroll(*forward[1:], x))
+        back, made = interleave(programs, fill)
+        if fills:
+            self.weight(*behind)
+        return made, back
 
     @torch.no_grad()
     def weight(self, stage: int, microbatch: int) -> None:
         """See ``Work``."""
         deferred = self._pending.pop((stage, microbatch)).deferred
         assert deferred is not None
+        if self._last[stage] == (Op.W, stage, microbatch):
+            self._engine.finishing(stage, [weight for weight, _ in deferred])
         while deferred:
-            parameter, compute = deferred.pop(0)
-            assert isinstance(parameter, nn.Parameter)
-            self._engine.accumulate(parameter, compute())
+            self._accumulate(deferred.pop(0))
 
     def finished(self, stage: int) -> None:
         """See ``Work``."""
@@ -128,8 +174,45 @@ class Training:
         """See ``Work``."""
         return self._shapes.allocate(self._batches[microbatch])
 
+    def _unroll(self, stage: int, microbatch: int, x: Tensor | None) -> Program[Tensor | None]:
+        """The forward as a program."""
+        batch, x = self._batches[microbatch], None if x is None else x.requires_grad_()
+        deferred: list[WeightGradient] | None = [] if (stage, microbatch) in self._split else None
+        losses, tape = yield from self._engine.unroll(stage, batch, self._denominators, deferred, x)
+        # The tape has the history: what the stage has made need not stay.
+        kept = losses._replace(total=torch.ones_like(losses.total), hidden=None)
+        self._pending[stage, microbatch] = Pending(None, kept, deferred, tape)
+        return self._count(losses)
 
-class Evaluation:
+    def _rewind(self, stage: int, microbatch: int, gradient: Tensor | None) -> Program[Tensor | None]:
+        """The backward as a program."""
+        _, losses, deferred, tape = self._pending.pop((stage, microbatch))
+        assert tape is not None
+        if self._last[stage] == (Op.B, stage, microbatch):
+            self._engine.finishing(stage)
+        self._put_off(stage, microbatch, losses, deferred)
+        roots = [losses.total] if gradient is None else [losses.total, gradient]
+        # A stage without a loss of its own, and none before it to ask for, has fewer.
+        back = yield from rewind(tape, roots[len(roots) - tape[-1].exits :])
+        return back[0] if back else None
+
+    def _put_off(self, stage: int, microbatch: int, losses: Losses, deferred: list[WeightGradient] | None) -> None:
+        if deferred is not None:
+            self._pending[stage, microbatch] = Pending(None, losses._replace(hidden=None), deferred)
+
+    def _count(self, losses: Losses) -> Tensor | None:
+        """Adds to the sums; gives what goes to the next stage."""
+        here = Sums(losses.sums, losses.aux, losses.load)
+        self.sums = here if self.sums is None else Sums(*(a + b for a, b in zip(self.sums, here, strict=True)))
+        return None if losses.hidden is None else losses.hidden.detach()
+
+    @torch.no_grad()
+    def _accumulate(self, gradient: WeightGradient) -> None:
+        assert isinstance(gradient.weight, nn.Parameter)
+        self._engine.accumulate(gradient.weight, gradient.compute())
+
+
+class Evaluation(Work):
     """Forwards alone; ``losses`` [1 + D] in float64 when they are done. See ``parallel.pipeline.run.Work``."""
 
     def __init__(self, engine: Differentiator, batches: Sequence[Batch], shapes: Shapes) -> None:

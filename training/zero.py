@@ -29,7 +29,7 @@ the 4 Q while a backward runs if they are bfloat16.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
 from training.config import OptimizerConfig
-from training.engine import Hidden, Share, State, Update, Waiting, differentiate, name_parameters
+from training.engine import Hidden, Share, State, Unrolling, Update, Waiting, differentiate, name_parameters
 from training.optimizer import match, sum_squares
 from training.partition import Partition, connect
 
@@ -90,6 +90,10 @@ class DeepSpeed:
         """Calls the module of ``stage``."""
         return self._stages[stage](*args)
 
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """Not to be had here: hooks of modules would see half of a forward."""
+        raise AssertionError("pairs that overlap are for the native engine")
+
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss`` and ``hidden`` to the step's; in stage 2 summed over the holders at once."""
         partitions = [partition for users, _, partition in self._partitions if stage in users]
@@ -102,6 +106,9 @@ class DeepSpeed:
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Not to be had here: see the head of this file."""
         raise AssertionError("weight gradients that are put off are for the native engine")
+
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """Nothing: what starts inside of a backward, the library starts."""
 
     @torch.no_grad()
     def finished(self, stage: int) -> None:
@@ -124,6 +131,9 @@ class DeepSpeed:
         for partition in self._all():
             partition.step(lr)
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""

@@ -21,7 +21,7 @@ backward a bucket of whole gradients (``optimizer.bucket_bytes``, or all if fewe
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import Chunk, fill
 from training.config import OptimizerConfig
-from training.engine import Hidden, State, Update, differentiate, name_parameters
+from training.engine import Hidden, State, Unrolling, Update, differentiate, name_parameters
 from training.optimizer import match, sum_squares
 from training.partition import connect, cut_chunks, set_steps, start_moments
 
@@ -71,6 +71,10 @@ class Zero3:
         """Calls the model."""
         return self._model(*args)
 
+    def unroll(self, stage: int, *args: Any) -> Unrolling:
+        """Not to be had here: hooks of modules would see half of a forward."""
+        raise AssertionError("pairs that overlap are for the native engine")
+
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Adds the gradients of ``loss`` to the step's: their means over the ranks. Collective."""
         self._zero.clear_backward_seen_flag()
@@ -83,6 +87,9 @@ class Zero3:
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Not to be had here: DeepSpeed's hooks see what a backward computes."""
         raise AssertionError("weight gradients that are put off are for the native engine")
+
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """Nothing: what starts inside of a backward, the library starts."""
 
     @torch.no_grad()
     def finished(self, stage: int) -> None:
@@ -104,6 +111,9 @@ class Zero3:
         self._zero.set_lr(lr)
         self._zero.step()
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""

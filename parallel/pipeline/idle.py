@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from parallel.pipeline.action import Action, Compute, Op, Overlap, Schedule
+from parallel.pipeline.run import Work
 from parallel.pipeline.simulate import Cost
 
 RATE = 0.05  # of what an action's lateness differs from what was expected, how much is learnt
 LIMIT = 1e-3  # seconds: what is later than this is no rule
 
 
-class Nothing:
-    """A ``parallel.pipeline.run.Work`` that takes no time; ``peak``: the most activations that were alive."""
+class Nothing(Work):
+    """Takes no time; ``peak``: the most activations that were alive."""
 
     def __init__(self, stages: int) -> None:
         """``stages``: of the whole pipeline; the last makes no activation, the first no gradient."""

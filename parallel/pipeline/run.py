@@ -4,6 +4,7 @@
     [0F0>1]      a send takes what is held; a receive holds what is on its way, and whoever reads it waits for it
     0B0 0I0      the gradient of stage 0's output -> the gradient of its input, held as 0B0
     0W0          weight gradients that an I has put off
+    1F1&1B0      both, as the work thinks fit: what one sends may travel while the other computes
 
 Training, evaluation and measurement differ in their ``Work`` alone; with one rank there is nothing to send, and the
 program is gradient accumulation.
@@ -21,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.pipeline.action import Action, Op, parts
+from parallel.pipeline.action import Action, Compute, Op, Overlap, parts
 from parallel.pipeline.lower import Exchange, Kind, Step, What
 from parallel.pipeline.trace import Span
 
@@ -46,6 +47,13 @@ class Work(Protocol):
 
     def allocate(self, microbatch: int) -> Tensor:
         """Memory for an activation of a micro-batch, or for its gradient."""
+
+    def pair(
+        self, forward: Action, x: Tensor | None, backward: Action, gradient: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A forward and the backward of another micro-batch, together; unless a work knows better, in turns."""
+        made = self.forward(*forward[1:], x)
+        return made, self.backward(*backward[1:], gradient, backward.op is Op.I)
 
 
 class UnderWay(NamedTuple):
@@ -86,17 +94,16 @@ class Interpreter:
                 continue
             # Only now: what the stage's last action made has left, and whoever waits for it goes on.
             _finish(done, work)
-            for action in parts(step):
-                if action.op is Op.F and stop is not None and stop():
-                    self._held.clear()
-                    return False
-                read = self._read(action)
-                start = perf_counter()
-                self._act(action, work, read)
-                if spans is not None:
-                    spans.append(Span(self._rank, action, start - began, perf_counter() - began))
-                if last.get(action.stage) == (number, action):
-                    done.append(action.stage)
+            actions = parts(step)
+            if actions[0].op is Op.F and stop is not None and stop():
+                self._held.clear()
+                return False
+            read = [self._read(action) for action in actions]
+            start = perf_counter()
+            self._hold(actions, self._act(step, work, read))
+            if spans is not None:
+                spans.append(Span(self._rank, step, start - began, perf_counter() - began))
+            done += [action.stage for action in actions if last.get(action.stage) == (number, action)]
         _finish(done, work)
         while self._leaving:
             self._release()
@@ -112,18 +119,21 @@ class Interpreter:
             return self._take((What.activation, stage - 1, microbatch)) if stage else None
         return self._take((What.gradient, stage + 1, microbatch), missing=True)
 
-    def _act(self, action: Action, work: Work, read: Tensor | None) -> None:
-        op, stage, microbatch = action
+    def _act(self, step: Compute, work: Work, read: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        if isinstance(step, Overlap):
+            return work.pair(step.forward, read[0], step.backward, read[1])
+        op, stage, microbatch = step
         if op is Op.W:
             work.weight(stage, microbatch)
-        elif op is Op.F:
-            made = work.forward(stage, microbatch, read)
-            if made is not None:
-                self._held[What.activation, stage, microbatch] = made
-        else:
-            back = work.backward(stage, microbatch, read, op is Op.I)
-            if back is not None:
-                self._held[What.gradient, stage, microbatch] = back
+            return (None,)
+        if op is Op.F:
+            return (work.forward(stage, microbatch, read[0]),)
+        return (work.backward(stage, microbatch, read[0], op is Op.I),)
+
+    def _hold(self, actions: Sequence[Action], made: Sequence[Tensor | None]) -> None:
+        for (op, stage, microbatch), tensor in zip(actions, made, strict=True):
+            if tensor is not None:
+                self._held[What.activation if op is Op.F else What.gradient, stage, microbatch] = tensor
 
     def _take(self, name: Name, missing: bool = False) -> Tensor | None:
         """What is held; the last stage gets no gradient from behind."""

@@ -83,7 +83,7 @@ def skip(mesh: Mesh, call: Call, x: Tensor, *args: Any, **options: Any) -> Pendi
         "all_to_all": lambda: x.new_zeros(sum(args[1]), *x.shape[1:]),
         "all_reduce": lambda: x.clone(),
     }
-    return Pending(None, own[call.__name__])
+    return Pending((), own[call.__name__])
 
 
 def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor], numbers: bool = True) -> Call:
@@ -98,7 +98,7 @@ def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor], numbers: bool =
                 return alter(result, group)
             return [alter(part, group) if part.is_floating_point() == numbers else part for part in result]
 
-        return Pending(pending.work, finish)
+        return Pending(pending.works, finish)
 
     return broken
 
@@ -112,7 +112,7 @@ def swap_splits(mesh: Mesh, call: Call, rows: Any, *args: Any) -> Pending[Any]:
         parts = [torch.cat(part.split(received)[::-1]) for part in ([result] if isinstance(result, Tensor) else result)]
         return parts[0] if isinstance(result, Tensor) else parts
 
-    return Pending(pending.work, finish)
+    return Pending(pending.works, finish)
 
 
 def take_wrong_group(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Any:

@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "router": ("sigmoid in groups", "sigmoid", "softmax"),
     "mtp": (0, 1, 2),
     "recompute": tuple(Recompute),
-    "accumulation": (1, 2),
+    "accumulation": (1, 2, 3),
     "micro_batch": (1, 2),
     "crowded": (False, True),
     "rebalance": (False, True),
@@ -36,12 +36,15 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dense": (0, 1),
     "documents": (True, False),
     "clip": (0.3, 0.0),
+    "schedule": ("1f1b", "interleaved_1f1b_overlap"),
+    "pieces": (1, 2, 3),
 }
-ONE_STAGE = {"schedule": "1f1b", "virtual": 1, "divided": "by cost", "spare": 1}  # and dense layers beside a routed one
+ONE_STAGE = {"virtual": 1, "pairs": True, "divided": "by cost", "spare": 1}  # and dense layers beside a routed one
 PIPED: dict[str, tuple[Any, ...]] = {
     **CHOICES,
     "accumulation": (3, 4, 5, 8),
     "schedule": tuple(SCHEDULES),
+    "pairs": (True, False),
     "virtual": (1, 2, 3),
     "divided": ("by cost", "as drawn"),
     "spare": (0, 1, 2),  # layers more than stages
@@ -81,19 +84,19 @@ def draw_choice(
     """One of everything, but nothing that is refused."""
     while True:
         choice = {name: generator.choice(values) for name, values in {"topology": topologies, **options}.items()}
-        if "schedule" in choice and not SCHEDULES[choice["schedule"]].virtual:
+        if "virtual" in choice and not SCHEDULES[choice["schedule"]].virtual:
             choice["virtual"] = 1
-        if not is_refused(choice) and not ("schedule" in choice and is_no_pipeline(choice)):
+        if not is_refused(choice) and not ("virtual" in choice and is_no_pipeline(choice)):
             return choice
 
 
 def is_refused(choice: Choice) -> bool:
     """fsdp2 neither recomputes nor moves experts, takes schedules of whole backwards only, and on one rank one stage;
-    without expert parallelism experts have nowhere to go."""
+    without expert parallelism experts have nowhere to go, and tokens stay together."""
     topology, fsdp2 = choice["topology"], choice["engine"] is EngineName.fsdp2
-    wild = SCHEDULES[choice.get("schedule", "1f1b")].needs_native() or choice.get("virtual", 1) > topology.pp == 1
+    wild = bool(SCHEDULES[choice["schedule"]].needs_native()) or choice.get("virtual", 1) > topology.pp == 1
     return (fsdp2 and (choice["recompute"] is not Recompute.none or wild)) or (
-        choice["rebalance"] and (fsdp2 or topology.ep == 1)
+        (choice["rebalance"] and fsdp2) or (topology.ep == 1 and (choice["rebalance"] or choice["pieces"] > 1))
     )
 
 
@@ -155,12 +158,12 @@ def make_case(choice: Choice, seed: int) -> Case:
         ),
         optimizer=OptimizerConfig(lr=1e-3, clip=choice["clip"]),
         engine=choice["engine"],
-        overlap=OverlapConfig(tensor=choice["tensor"]),
         pipeline=PipelineConfig(
             schedule=choice["schedule"],
             virtual=choice["virtual"],
             layers=divide(layers, stages, seed) if choice["divided"] == "as drawn" else None,
         ),
+        overlap=OverlapConfig(pairs=choice["pairs"], pieces=choice["pieces"], tensor=choice["tensor"]),
         micro_batch=choice["micro_batch"],
         accumulation=max(choice["accumulation"], 3 - min(topology.dp, 2)),  # two micro-batches at least, here or there
         length=next(length for length in (8, 12, 10, 14) if length % topology.tp == 0),
@@ -183,11 +186,12 @@ def describe(case: Case) -> str:
     t, model, pipeline = case.topology, case.model, case.pipeline
     layers = "" if pipeline.layers is None else f" {pipeline.layers}"
     words = [
-        *((f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}",) if len(case.stages.layers) > 1 else ()),
+        f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}{'' if case.overlap.pairs else ' in turns'}",
         f"dp{t.dp} tp{t.tp} ep{t.ep} {case.overlap.tensor} {case.engine} {model.moe.score}{model.moe.groups}",
         f"shared{model.moe.shared_experts}",
         f"mtp{model.mtp.depth} dense{model.dense_layers} {model.recompute} {case.accumulation}x{case.micro_batch}",
         *(word for word, true in (("crowded", case.crowded), ("moving", case.rebalance), ("tied", model.tied)) if true),
+        *((f"{case.overlap.pieces} pieces",) if case.overlap.pieces > 1 else ()),
         *(("documents",) if case.documents else ()),
         *(("direct",) if model.attention.q_rank is None else ()),
         *(("clipped",) if case.optimizer.clip else ()),

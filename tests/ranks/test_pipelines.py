@@ -16,7 +16,7 @@ from parallel.mesh import Mesh, Traffic
 from parallel.pipeline.action import StageMap, parts
 from parallel.pipeline.lower import lower
 from parallel.pipeline.plan import schedule_of
-from parallel.pipeline.run import WINDOW, Interpreter
+from parallel.pipeline.run import WINDOW, Interpreter, Work
 from parallel.pipeline.schedules import evaluate
 from parallel.pipeline.trace import Span
 from parallel.topology import Axis, Topology
@@ -129,7 +129,7 @@ def test_what_ran_when_is_recorded_and_nothing_is_held_after_a_step(schedule: st
         assert held == [0, 0, 0]
 
 
-class Forwards:
+class Forwards(Work):
     """A ``Work`` of two ranks that counts which of its outputs are alive."""
 
     def __init__(self) -> None:

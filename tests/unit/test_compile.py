@@ -48,8 +48,8 @@ def test_layers_of_a_kind_share_a_graph_and_change_no_bit(compiled: tuple[Transf
         assert torch.equal(losses.total, expected.total) and torch.equal(losses.load, expected.load)
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
-    # attention without and with a router, the dense feed-forward part, experts, merge
-    assert len(graphs) == 5
+    # attention without and with a router, the dense feed-forward part, experts, shared and routed, merge
+    assert len(graphs) == 6
 
 
 def test_deferred_gradients_and_generation_stay_eager(compiled: tuple[Transformer, list[Any]]) -> None:

@@ -144,6 +144,7 @@ def test_bfloat16_rows_are_weighed_by_their_own_dtype_and_summed_in_float32() ->
 
 def test_the_local_exchange_moves_nothing() -> None:
     exchange, tokens, gates = LocalExchange(5, 4), random(13, 3), random(13, 2)
-    there, weights, layout = exchange.dispatch(tokens, CHOICES["random"], gates)
+    (shipped,) = exchange.dispatch(tokens, gates, exchange.announce(CHOICES["random"]))
+    there, weights, layout = exchange.arrive(shipped)
     assert there is tokens and torch.equal(weights, gates.flatten())
-    assert exchange.combine(tokens, layout) is tokens
+    assert exchange.collect(exchange.combine((tokens, layout))) is tokens

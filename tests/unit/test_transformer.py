@@ -56,7 +56,7 @@ def exact_tables(rope: RopeConfig, dim: int, positions: Tensor) -> tuple[Tensor,
 
 @pytest.fixture(autouse=True)
 def without_rounded_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.transformer.tables", exact_tables)
+    monkeypatch.setattr("model.flow.tables", exact_tables)
 
 
 def close(actual: Tensor, expected: Tensor, name: str = "") -> None:

@@ -56,9 +56,11 @@ def watch_routers(model: Transformer) -> Iterator[list[Tensor]]:
         seen.append(routing.experts)
 
     handles = [router.register_forward_hook(keep) for router in model.routers()]
-    yield seen
-    for handle in handles:
-        handle.remove()
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def name_choices(model: Transformer, seen: Sequence[Tensor], microbatch: int, sequences: int) -> Choices:

@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.batch import Batch
+from model.batch import Batch, Losses
 from parallel.build import Shards, Stages
 from parallel.mesh import Mesh
 from training import microbatches
 from training.agree import sum_over
-from training.engine import Hidden, differentiate
+from training.engine import Hidden, Unrolling, differentiate, unroll_stage
 from training.pipeline import Runner
 from training.proof.case import Case, place_sequences, share_batch
 from training.proof.parts import reduce_parts
@@ -27,12 +27,30 @@ class Unaided:
 
     def forward(self, stage: int, batch: Batch, *args: Any) -> Any:
         """Runs the stage, and notes its share of the loss and where its routers sent the tokens."""
+        with watch_routers(self._stages[stage]) as seen:
+            losses = self._stages[stage](batch, *args)
+        self._note(stage, batch, losses, seen)
+        return losses
+
+    def unroll(self, stage: int, batch: Batch, *args: Any) -> Unrolling:
+        """The same, stopping now and then: in between others run, whose backwards may compute routers again."""
+        program, seen = unroll_stage(self._stages[stage], batch, *args), list[Tensor]()
+        while True:
+            try:
+                with watch_routers(self._stages[stage]) as some:
+                    try:
+                        wait = next(program)
+                    finally:
+                        seen += some
+            except StopIteration as end:
+                self._note(stage, batch, end.value.made, seen)
+                return end.value
+            yield wait
+
+    def _note(self, stage: int, batch: Batch, losses: Losses, seen: list[Tensor]) -> None:
         model, number = self._stages[stage], next(i for i, other in enumerate(self._batches) if other is batch)
-        with watch_routers(model) as seen:
-            losses = model(batch, *args)
         self.loss += losses.total.detach()
         self.routing |= name_choices(model, seen, number, len(batch.ids))
-        return losses
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """Plain autograd."""
@@ -41,6 +59,9 @@ class Unaided:
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """As autograd would."""
         parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+    def finishing(self, stage: int, coming: object = None) -> None:
+        """Nothing starts early."""
 
     def finished(self, stage: int) -> None:
         """Gradients are summed when all is done."""

@@ -1,0 +1,41 @@
+"""The executor: programs of a rank in turns, each up to its next wait, so that one computes while another sends.
+
+    backward   | experts of B, sends ->               | attention of B, sends ->                |
+    forward    |          attention of F, sends ->    |          experts of F, sends ->         |
+    weights    |       W          W                   |       W          W                      |
+
+The order is static: it follows from the programs alone, never from what has arrived first, so that all ranks of a
+group start the same collectives in the same order. It is that of DualPipe (DeepSeek-V3, arXiv 2412.19437, figure 4):
+the backward goes first, so that each of a pair's four exchanges has a computation of the other micro-batch above it.
+What is left to fill are weight gradients that were put off.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from model.block import Wait
+from parallel.overlap.program import Program
+
+
+def interleave(programs: Sequence[Program[Any]], fill: Callable[[], None] | None = None) -> list[Any]:
+    """Runs ``programs`` in turns to their ends; gives what they return, in their order.
+
+    ``fill`` does a piece of work that nobody waits for, if there is one. It is called whenever a program has come to a
+    wait. For counts, which are soon there, a program waits without giving its turn away: other traffic must not come
+    between.
+    """
+    made: list[Any] = [None] * len(programs)
+    running = dict(enumerate(programs))
+    while running:
+        for place, program in list(running.items()):
+            wait = Wait.counts
+            while wait is not Wait.rows:
+                try:
+                    wait = next(program)
+                except StopIteration as end:
+                    made[place] = end.value
+                    del running[place]
+                    break
+                if fill is not None:
+                    fill()
+    return made

@@ -1,0 +1,78 @@
+"""Lanes: what is sent beside what is computed, and what makes one wait for the other.
+
+    InOrder    a CPU: a collective is handed to the backend's threads as it starts, and waited for where it lands
+    Streams    a GPU: what packs, sends and unpacks rows runs on a stream of its own. It begins behind what the compute
+               stream has been given so far; the compute stream goes on behind it from where it lands
+
+A recording pair of lanes proves that whatever one lane reads of the other's was waited for: parallel/overlap/record.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from parallel.pending import Pending
+
+T = TypeVar("T")
+Start = Callable[..., Pending[T]]  # of the tensors that are sent
+
+
+class Lanes(Protocol):
+    """A compute lane, which is the caller's, and a communication lane."""
+
+    def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
+        """``start(*tensors)`` on the communication lane; the result, once waited for, is the compute lane's."""
+        ...
+
+
+class InOrder:
+    """One processor: whatever is started has started."""
+
+    def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
+        """See ``Lanes``."""
+        return start(*tensors)
+
+
+class Streams:
+    """A stream for communication beside the current one. It has never run on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Ahead of products in the queue: a few blocks that keep the network busy, not many that keep it waiting.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
+        """See ``Lanes``."""
+        compute = torch.cuda.current_stream()
+        self._stream.wait_stream(compute)
+        with torch.cuda.stream(self._stream):
+            pending = start(*tensors)
+        # The allocator gives their memory to nobody else before this stream is done with them.
+        _hold(tensors, self._stream)
+
+        def land() -> T:
+            with torch.cuda.stream(self._stream):
+                result = pending.wait()
+            here = torch.cuda.current_stream()
+            here.wait_stream(self._stream)
+            _hold(result, here)
+            return result
+
+        return Pending((), land)
+
+
+def choose_lanes(device: torch.device) -> Lanes:
+    """The lanes of a rank on ``device``."""
+    return Streams(device) if device.type == "cuda" else InOrder()
+
+
+def reserve(multiprocessors: int) -> None:
+    """Leaves so many of a GPU to communication: products whose kernels can be told so start on the others only."""
+    torch._C._set_sm_carveout_experimental(multiprocessors or None)
+
+
+def _hold(tensors: Any, stream: torch.cuda.Stream) -> None:
+    for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
+        if isinstance(tensor, Tensor):
+            tensor.record_stream(stream)

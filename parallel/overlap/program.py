@@ -1,0 +1,78 @@
+"""The forward and the backward of a micro-batch as programs that stop wherever something is on its way.
+
+    unroll   embedding attention announce dispatch shared | arrive experts combine | collect merge attention ..
+    rewind   .. merge collect | combine experts arrive | shared dispatch attention embedding
+
+A program computes up to its next wait and yields what it is about to wait for. Whoever runs it goes on with it at once,
+or does something else in between: another program, weight gradients that were put off. Run to the end without stopping,
+the two are a forward and a backward like any other, to the bit.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from model.attention import Context
+from model.batch import Batch, Denominators
+from model.block import Segment, Wait
+from model.flow import begin, list_segments, share
+from model.linear import Deferred
+from model.transformer import Transformer
+from parallel.overlap.cut import Gradients, Stretch
+
+T = TypeVar("T")
+Program = Generator[Wait, None, T]
+Tape = list[Stretch]
+
+
+class Unrolled(NamedTuple):
+    """What a forward leaves behind."""
+
+    made: Any  # the carry of the last segment
+    tape: Tape
+
+
+def run(segments: Sequence[Segment], carry: Any, context: Context) -> Program[Unrolled]:
+    """The forward of ``segments`` from ``carry``. What it makes has no history: the tape has."""
+    anchor = torch.empty(0, requires_grad=True)
+    tape = [Stretch()]
+    carry = tape[0].enter(carry, anchor)
+    for segment in segments:
+        if segment.waits is Wait.rows:
+            tape[-1].leave(carry)
+            yield Wait.rows
+            tape.append(Stretch())
+            carry = tape[-1].enter(carry, anchor)
+        elif segment.waits is not Wait.nothing:
+            yield segment.waits
+        carry = segment.module(carry, context)
+    tape[-1].leave(carry)
+    return Unrolled(carry, tape)
+
+
+def unroll(
+    model: Transformer, batch: Batch, denominators: Denominators, deferred: Deferred, x: Tensor | None
+) -> Program[Unrolled]:
+    """The forward of a stage, as ``Transformer.forward`` takes it; ``x`` wants its gradient. Makes ``Losses``."""
+    return run(list_segments(model, batch, denominators), begin(model, x), share(model, batch, deferred))
+
+
+def rewind(tape: Tape, gradients: Sequence[Tensor | None]) -> Program[Gradients]:
+    """The backward: gradients of what the last segment made -> of what the first one got. Empties ``tape``."""
+    back = list(gradients)
+    while tape:
+        back = tape.pop().backward(back)
+        if tape:
+            yield Wait.rows
+    return back
+
+
+def finish(program: Program[T]) -> T:
+    """Runs ``program`` to its end without stopping."""
+    while True:
+        try:
+            next(program)
+        except StopIteration as end:
+            return end.value

@@ -1,0 +1,135 @@
+"""Lanes that compute as ever and write down who waits for whom: a proof that no lane reads what is not there yet.
+
+    compute    w(x) ------------------------------------ r(y)         r(y) is right, because compute has waited for
+    comm             r(x) w(y') -- wire -- r(y') w(y)                 comm, which has waited for the wire
+
+Every lane has a clock that counts what it has done, and knows of the other lanes how far it has waited for them (vector
+clocks: Mattern, 1988). Whatever reads a tensor must have waited for who wrote it, and whatever writes one for all who
+have read or written it before. On one processor a missing wait changes no result; here it is a hazard. What travels is
+a lane of its own, one for each collective: it ends when somebody waits for its work.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from parallel.overlap.lanes import Start, T
+from parallel.pending import Pending
+
+COMPUTE, COMM = "compute", "comm"
+Clock = dict[str, int]  # lane -> how much of it has been waited for
+# Which of its arguments a collective writes: its schema does not say.
+WRITTEN = {"alltoall_base_": (0,), "recv_": (0,), "send": ()}
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every operation while it is entered, and is the lanes that run them: a ``parallel.overlap.lanes.Lanes``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hazards: list[str] = []
+        self.crossings = 0  # reads of what another lane has written
+        self._lane = COMPUTE
+        self._clocks: dict[str, Clock] = {COMPUTE: {COMPUTE: 0}, COMM: {COMM: 0}}
+        self._written: dict[int, tuple[str, int]] = {}  # storage -> who wrote it last, and when
+        self._read: dict[int, Clock] = {}  # storage -> who has read it since, and when
+        self._kept: list[torch.UntypedStorage] = []  # lest one be taken for another
+        self._wires: list[str] = []
+
+    def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
+        """See ``Lanes``."""
+        self._wait(COMM, COMPUTE)
+        first = len(self._wires)
+        with self._on(COMM):
+            pending = start(*tensors)
+        wires = self._wires[first:]
+
+        def land() -> T:
+            with self._on(COMM):
+                for work in pending.works:
+                    work.wait()
+                for wire in wires:
+                    self._wait(COMM, wire)
+                result = pending.finish()
+            self._wait(COMPUTE, COMM)
+            return result
+
+        return Pending((), land)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, travels = str(func), func.namespace == "c10d"
+        lane = self._begin_wire(name) if travels else self._lane
+        self._clocks[lane][lane] += 1
+        written = _find_written(func, args, kwargs, travels)
+        for tensor in _tensors((args, kwargs)):
+            if not any(tensor is other for other in written):
+                self._note_read(lane, tensor, name)
+        out = func(*args, **kwargs)
+        known = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        made = [] if travels else [tensor for tensor in _tensors(out) if _storage(tensor) not in known]
+        for tensor in (*written, *made):
+            self._note_write(lane, tensor, name)
+        return out
+
+    @contextmanager
+    def _on(self, lane: str) -> Iterator[None]:
+        before, self._lane = self._lane, lane
+        yield
+        self._lane = before
+
+    def _begin_wire(self, name: str) -> str:
+        wire = f"wire {len(self._wires)} of {name}"
+        self._wires.append(wire)
+        self._clocks[wire] = {**self._clocks[self._lane], wire: 0}
+        return wire
+
+    def _wait(self, lane: str, other: str) -> None:
+        mine = self._clocks[lane]
+        for each, time in self._clocks[other].items():
+            mine[each] = max(mine.get(each, 0), time)
+
+    def _note_read(self, lane: str, tensor: Tensor, name: str) -> None:
+        storage = _storage(tensor)
+        writer, time = self._written.get(storage, (lane, 0))
+        self.crossings += writer != lane
+        self._check(lane, writer, time, f"{name} on {lane} reads what {writer} wrote")
+        self._read.setdefault(storage, {})[lane] = self._clocks[lane][lane]
+
+    def _note_write(self, lane: str, tensor: Tensor, name: str) -> None:
+        storage = _storage(tensor)
+        if storage not in self._written:
+            self._kept.append(tensor.untyped_storage())
+        writer, time = self._written.get(storage, (lane, 0))
+        self._check(lane, writer, time, f"{name} on {lane} overwrites what {writer} wrote")
+        for reader, time in self._read.pop(storage, {}).items():
+            self._check(lane, reader, time, f"{name} on {lane} overwrites what {reader} reads")
+        self._written[storage] = lane, self._clocks[lane][lane]
+
+    def _check(self, lane: str, other: str, time: int, what: str) -> None:
+        if lane != other and self._clocks[lane].get(other, 0) < time:
+            self.hazards.append(f"{what}, without having waited for it")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _find_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], travels: bool) -> list[Tensor]:
+    """The arguments that an operation writes to."""
+    if travels:
+        return _tensors([args[place] for place in WRITTEN[func._opname]])
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += _tensors(args[place] if place < len(args) else kwargs.get(argument.name))
+    return found

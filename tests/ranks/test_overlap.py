@@ -1,0 +1,139 @@
+"""Exchanges under computation: the same bits as without, and no lane ever reads what it has not waited for."""
+
+import pytest
+import torch
+from overlap_modes import ONE, TWO, Taken, Way, find_differences, take_step
+from small_models import make_batch, make_config, make_denominators
+from spawn import run_ranks
+
+from model.config import ModelConfig, Recompute
+from parallel.build import build_stages
+from parallel.exchange import cut_tokens, find_exchanges
+from parallel.config import OverlapConfig
+from parallel.mesh import Mesh
+from parallel.overlap.record import COMM, COMPUTE, Recorder
+from parallel.pipeline.action import StageMap
+from parallel.pipeline.stages import Pipeline, divide
+from parallel.topology import Topology
+
+BATCHES = 4
+SPOILT = {
+    "the processor does not wait for what has come": (COMPUTE, COMM),
+    "sending does not wait for what is computed": (COMM, COMPUTE),
+    "unpacking does not wait for what travels": (COMM, "wire"),
+}
+
+
+class Spoilt(Recorder):
+    """Lanes one of which does not wait for the other."""
+
+    def __init__(self, lane: str, other: str) -> None:
+        super().__init__()
+        self.forgets = lane, other
+
+    def _wait(self, lane: str, other: str) -> None:
+        if (lane, other.partition(" ")[0]) != self.forgets:
+            super()._wait(lane, other)
+
+
+class Layout:
+    """An expert-parallel model of one or two stages on this rank."""
+
+    def __init__(self, world: int, config: ModelConfig, stages: int, dtype: torch.dtype) -> None:
+        self.config = config
+        mesh = Mesh(Topology(dp=world, ep=world), torch.device("cpu"))
+        pipeline = Pipeline(divide(config, stages), StageMap(((0,),) * stages))
+        self.stages, _ = build_stages(config, dtype, 0, mesh, pipeline, OverlapConfig())
+        self.batches = [make_batch(config, documents=True, seed=10 * mesh.rank + k) for k in range(BATCHES)]
+
+    def step(self, way: Way, recorder: Recorder | None = None) -> Taken:
+        """One step; with ``recorder`` on its lanes."""
+        if recorder is None:
+            return take_step(self.stages, self.batches, make_denominators(self.config), way)
+        exchanges = find_exchanges(self.stages.values()).values()
+        before = {exchange: exchange.lanes for exchange in exchanges}
+        for exchange in exchanges:
+            exchange.lanes = recorder
+        with recorder:
+            taken = take_step(self.stages, self.batches, make_denominators(self.config), way)
+        for exchange, lanes in before.items():
+            exchange.lanes = lanes
+        return taken
+
+
+def compare(rank: int, world: int, config: ModelConfig, stages: int, pieces: int) -> list[tuple[str, list[str]]]:
+    """Every way against plain autograd."""
+    layout = Layout(world, config, stages, torch.float32)
+    cut_tokens(layout.stages.values(), pieces)
+    ways = ONE if stages == 1 else TWO
+    expected = layout.step(ways["autograd"])
+    return [(name, find_differences(expected, layout.step(way))) for name, way in ways.items()]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.selective])
+def test_all_ways_give_the_same_bits(world: int, stages: int, recompute: Recompute) -> None:
+    config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
+    for differences in run_ranks(compare, world, config, stages, 1):
+        assert not [way for way, wrong in differences if wrong]
+
+
+def in_pieces(rank: int, world: int, config: ModelConfig, pieces: int) -> tuple[list[bool], list[float]]:
+    """Whether a step in pieces repeats itself to the bit, in every way, and how far it is from one that is whole."""
+    layout = Layout(world, config, 1, torch.float64)
+    whole = layout.step(ONE["autograd"])
+    cut_tokens(layout.stages.values(), pieces)
+    repeats, distances = [], []
+    for way in ONE.values():
+        one, other = layout.step(way), layout.step(way)
+        repeats.append(not find_differences(one, other))
+        for name, gradient in whole.gradients.items():
+            found = one.gradients[name]
+            assert gradient is not None and found is not None
+            distances.append(float((found - gradient).abs().max() / gradient.abs().max()))
+    return repeats, distances
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_pieces_change_nothing_but_the_order_of_sums(pieces: int) -> None:
+    config = make_config(moe={"experts": 8, "groups": 4})
+    for repeats, distances in run_ranks(in_pieces, 2, config, pieces):
+        assert all(repeats) and max(distances) < 1e-12
+
+
+def record(rank: int, world: int, config: ModelConfig, pieces: int) -> list[tuple[str, int, list[str], list[str]]]:
+    """Every way under the recorder."""
+    found = []
+    for stages, ways in ((1, ONE), (2, TWO)):
+        layout = Layout(world, config, stages, torch.float32)
+        cut_tokens(layout.stages.values(), pieces)
+        for name, way in ways.items():
+            recorder = Recorder()
+            differences = find_differences(layout.step(way), layout.step(way, recorder))
+            found.append((name, recorder.crossings, recorder.hazards, differences))
+    return found
+
+
+@pytest.mark.parametrize(("recompute", "pieces"), [(Recompute.none, 1), (Recompute.selective, 1), (Recompute.none, 2)])
+def test_whatever_one_lane_reads_of_the_other_was_waited_for(recompute: Recompute, pieces: int) -> None:
+    config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
+    for ways in run_ranks(record, 2, config, pieces):
+        for name, crossings, hazards, differences in ways:
+            # Two routed layers: each sends twice and has sent back twice, every micro-batch, and reads what came.
+            assert crossings >= 2 * 4 * BATCHES, name
+            assert not hazards, (name, hazards[:3])
+            assert not differences, name
+
+
+def spoil(rank: int, world: int, forgets: tuple[str, str]) -> list[str]:
+    layout = Layout(world, make_config(moe={"experts": 8, "groups": 4}), 1, torch.float32)
+    recorder = Spoilt(*forgets)
+    layout.step(ONE["overlapped and filled"], recorder)
+    return recorder.hazards
+
+
+@pytest.mark.parametrize("forgets", SPOILT.values(), ids=SPOILT)
+def test_a_wait_that_is_missing_is_found(forgets: tuple[str, str]) -> None:
+    for hazards in run_ranks(spoil, 2, forgets):
+        assert hazards
