@@ -8,8 +8,8 @@ from spawn import run_ranks
 
 from model.config import ModelConfig, Recompute
 from parallel.build import build_stages
-from parallel.exchange import cut_tokens, find_exchanges
 from parallel.config import OverlapConfig
+from parallel.exchange import cut_tokens, find_exchanges
 from parallel.mesh import Mesh
 from parallel.overlap.record import COMM, COMPUTE, Recorder
 from parallel.pipeline.action import StageMap
