@@ -116,6 +116,7 @@ def build_step(mesh: Any, compiled: bool, sequences: int) -> Callable[[], None]:
             engine.backward(0, engine.forward(0, batch, denominators).total)
         engine.finished(0)
         engine.step(1e-3)
+        engine.settle()
 
     return step
 

@@ -154,8 +154,10 @@ def train(name: EngineName, run: str, moments: MomentDtype, mesh: Mesh) -> dict[
             run_backward(engine, config.mtp.depth, mesh)
         weigh("added up")
         engine.finished(0)
+        engine.settle()
         weigh("summed")
         engine.step(1e-3)
+        engine.settle()
         weigh("over")
     return found | {"peak": [read_status("VmHWM") - low]}
 

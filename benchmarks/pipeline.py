@@ -230,6 +230,7 @@ def build_step(candidate: Candidate, options: argparse.Namespace) -> tuple[Sched
         spans: list[Span] = []
         engine.begin()
         runner.step(engine, batches, denominators, spans=spans)
+        engine.settle()
         return spans
 
     return schedule, step

@@ -47,7 +47,7 @@ OUT, OUT_BACK = (Site(EXCHANGE, f"Dispatch.{of}", "all_to_all_joined") for of in
 HOME, HOME_BACK = (Site(EXCHANGE, f"Return.{of}", "all_to_all") for of in ("forward", "backward"))
 COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
-GRADIENTS, WEIGHTS = Site(SLAB, "Slab.reduce", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
+GRADIENTS, WEIGHTS = Site(SLAB, "Slab.close", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
 COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
 NORM, ZERO_NORM, ZERO3_NORM = (
     Site("training/native.py", "Native._measure_norm", "sum_over"),

@@ -67,6 +67,7 @@ def train(rank: int, world: int, cases: list[Case], dtype: torch.dtype) -> list[
         mesh = Mesh(case.topology, CPU)
         stages, engine, runner = make(case, mesh, dtype)
         steps = [take_step(case, mesh, stages, engine, runner, step) for step in range(case.steps)]
+        engine.settle()
         rows = [(*step.sums.tolist(), *step.load.flatten().tolist(), step.update.norm) for step in steps]
         taken.append(Taken(rows, {name: tensor.clone() for name, tensor in name_tensors(stages.values()).items()}))
     return taken

@@ -35,5 +35,6 @@ def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, Shards]:
             trace.moments.extend(chunk._replace(tensor=chunk.tensor.clone()) for chunk in chunks)
         if case.rebalance:
             shuffle_experts(case, stages, shards, engine, mesh, step)
+    engine.settle()
     final = {name: complete(tensor).clone() for name, tensor in find_tensors(stages.values()).items()}
     return trace._replace(final=final), shards
