@@ -105,7 +105,7 @@ class Sleeper:
 
     def __init__(self, layout: Layout) -> None:
         from parallel.build import build_stages
-        from parallel.config import ParallelConfig, PipelineConfig, ScheduleName
+        from parallel.config import OverlapConfig, ParallelConfig, PipelineConfig, ScheduleName
         from parallel.mesh import Mesh
         from parallel.pipeline.plan import divide_model, schedule_of
         from parallel.topology import Topology
@@ -122,7 +122,7 @@ class Sleeper:
         self.parallel = ParallelConfig(pp=layout.pp, dp=layout.ep, ep=layout.ep, pipeline=pipeline)
         arranged = divide_model(self.parallel, self.config, schedule_of(self.parallel, layout.microbatches))
         self.mesh.share(arranged.shared(self.config))
-        self.stages, _ = build_stages(self.config, torch.bfloat16, self.mesh.device, 0, self.mesh, arranged)
+        self.stages, _ = build_stages(self.config, torch.bfloat16, 0, self.mesh, arranged, OverlapConfig())
         shapes = shape_activations(self.config, TOKENS, torch.bfloat16, self.mesh)
         self.runner = Runner(self.parallel, arranged, shapes, self.mesh)
         self.naps = Naps(Seconds(0.0), Seconds(0.0), Seconds(0.0))

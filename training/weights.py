@@ -24,12 +24,12 @@ def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[St
 
 
 def _fill_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
-    dtype = DTYPES[config.precision]
+    dtype, overlap = DTYPES[config.precision], config.parallel.overlap
     if config.init_from is None:
-        return build_stages(config.model, dtype, mesh.device, config.run.seed, mesh, pipeline)
+        return build_stages(config.model, dtype, config.run.seed, mesh, pipeline, overlap)
     from model.huggingface import load as load_published
 
-    stages, shards = allocate_stages(config.model, dtype, mesh.device, mesh, pipeline)
+    stages, shards = allocate_stages(config.model, dtype, mesh, pipeline, overlap)
     if is_whole(stages, shards):
         load_published(stages[0], Path(config.init_from))
         return stages, shards

@@ -193,6 +193,25 @@ def scale_received(factor: float) -> Call:
     return broken
 
 
+def alter_block(alter: Callable[[Tensor, Tensor], object]) -> Call:
+    """What arrives is altered, given what was sent."""
+
+    def broken(mesh: Mesh, call: Call, sent: Tensor, target: int, room: Tensor, *args: Any) -> list[Done]:
+        for work in call(sent, target, room, *args):
+            work.wait()
+        alter(room, sent)
+        return [Done()]
+
+    return broken
+
+
+def swap_elsewhere(mesh: Mesh, call: Call, sent: Tensor, target: int, room: Tensor, *args: Any) -> list[dist.Work]:
+    """The neighbour along dp instead of that along tp, where there are two of each."""
+    across = mesh.group(Axis.replicas, Traffic.data)
+    other = 1 - across.rank()
+    return call(sent, other, room, other, across)  # type: ignore[no-any-return]
+
+
 def double_in_place(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **options: Any) -> None:
     """The sum is taken twice."""
     call(tensor, *args, **options)
@@ -269,6 +288,10 @@ KINDS: dict[str, Call] = {
     "sent doubled": send_doubled,
     "received doubled": scale_received(2),
     "received averaged": scale_received(0.5),
+    "block lost": alter_block(lambda room, sent: room.zero_()),
+    "block doubled": alter_block(lambda room, sent: room.mul_(2)),
+    "block over the wrong group": swap_elsewhere,
+    "block of the wrong owner": alter_block(lambda room, sent: room.copy_(sent)),
     "doubled in place": double_in_place,
     "own alone": keep_own,
     "counted twice": count_twice,

@@ -55,7 +55,7 @@ def make(case: Case, mesh: Mesh, dtype: torch.dtype) -> tuple[Any, Native, Runne
     """The stages of a rank, their engine and their runner."""
     arranged = case.stages
     mesh.share(arranged.shared(case.model))
-    stages, shards = build_stages(case.model, dtype, CPU, case.seed, mesh, arranged)
+    stages, shards = build_stages(case.model, dtype, case.seed, mesh, arranged, case.overlap)
     runner = Runner(case.parallel, arranged, shape_activations(case.model, case.length, dtype, mesh), mesh)
     return stages, Native(stages, shards, mesh, case.optimizer), runner
 
