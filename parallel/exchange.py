@@ -97,9 +97,9 @@ class FromExperts(NamedTuple):
 class ExpertExchange:
     """The exchange over an ep group: see ``model.exchange.Exchange``."""
 
-    def __init__(self, experts: int, pad: int, mesh: Mesh) -> None:
-        """``experts`` in all; ep divides them."""
-        self.experts, self.pad, self.ranks, self.pieces = experts, pad, mesh.degree(Axis.ep), 1
+    def __init__(self, experts: int, pad: int, mesh: Mesh, pieces: int = 1) -> None:
+        """``experts`` in all; ep divides them. Tokens go in so many ``pieces``, each by itself."""
+        self.experts, self.pad, self.ranks, self.pieces = experts, pad, mesh.degree(Axis.ep), pieces
         self.places = torch.arange(experts, device=mesh.device)  # [E] int64, the slot of every expert
         self._view = look(mesh.topology.group(mesh.rank, Axis.ep), mesh.rank, mesh.ranks_per_node, mesh.device)
         self.lanes = mesh.lanes
@@ -194,12 +194,6 @@ def find_exchanges(models: Iterable[nn.Module]) -> dict[str, ExpertExchange]:
         for name, block in model.named_modules()
         if isinstance(block, Block) and isinstance(block.exchange, ExpertExchange)
     }
-
-
-def cut_tokens(models: Iterable[nn.Module], pieces: int) -> None:
-    """Tokens go to their experts, where these are spread over ranks, in so many pieces."""
-    for exchange in find_exchanges(models).values():
-        exchange.pieces = pieces
 
 
 def take_travelled(models: Iterable[nn.Module], mesh: Mesh) -> Tensor:

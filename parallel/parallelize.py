@@ -35,7 +35,7 @@ def parallelize(
     if mesh.degree(Axis.tp) > 1:
         _shard_sequences(model, mesh, overlap)
     if mesh.degree(Axis.ep) > 1:
-        _exchange_tokens(model, mesh)
+        _exchange_tokens(model, mesh, overlap.pieces)
     for name, parameter in list(model.named_parameters()):
         part = nn.Parameter(parameter.detach()[shards[name].slices].clone())
         for owner, attribute in _find(model, parameter):
@@ -56,11 +56,11 @@ def _shard_sequences(model: Transformer, mesh: Mesh, overlap: OverlapConfig) -> 
     model.cross_entropy = VocabularyCrossEntropy(Part(first, group), sequence)
 
 
-def _exchange_tokens(model: Transformer, mesh: Mesh) -> None:
+def _exchange_tokens(model: Transformer, mesh: Mesh, pieces: int) -> None:
     moe = model.config.moe
     for module in model.modules():
         if isinstance(module, Block) and module.exchange is not None:
-            module.exchange = ExpertExchange(moe.experts, moe.pad, mesh)
+            module.exchange = ExpertExchange(moe.experts, moe.pad, mesh, pieces)
 
 
 def _find(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:

@@ -9,7 +9,6 @@ from model.build import allocate
 from model.config import ModelConfig
 from model.count import count
 from parallel.build import Shards, Stages, allocate_stages, build_stages
-from parallel.exchange import cut_tokens
 from parallel.mesh import Mesh
 from parallel.pipeline.stages import Pipeline
 from training.determinism import DTYPES
@@ -18,12 +17,6 @@ from training.gather import name_tensors
 
 def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
     """This rank's part of the model with its first weights, drawn from ``run.seed`` or read from ``init_from``."""
-    stages, shards = _fill_parts(config, mesh, pipeline)
-    cut_tokens(stages.values(), config.parallel.overlap.pieces)
-    return stages, shards
-
-
-def _fill_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
     dtype, overlap = DTYPES[config.precision], config.parallel.overlap
     if config.init_from is None:
         return build_stages(config.model, dtype, config.run.seed, mesh, pipeline, overlap)

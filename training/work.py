@@ -150,10 +150,13 @@ class Training(Work):
                 for _ in range(-(-len(deferred) // 2)):
                     self._accumulate(deferred.pop(0))
 
-        programs = (self._rewind(*behind, gradient), self._unroll(*forward[1:], x))
-        back, made = interleave(programs, fill)
-        if fills:
-            self.weight(*behind)
+        def rewind_all() -> Program[Tensor | None]:
+            back = yield from self._rewind(*behind, gradient)
+            if fills:  # what is left, under the forward's last exchange
+                self.weight(*behind)
+            return back
+
+        back, made = interleave((rewind_all(), self._unroll(*forward[1:], x)), fill)
         return made, back
 
     @torch.no_grad()

@@ -96,7 +96,7 @@ def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor], numbers: bool =
             result = pending.finish()
             if isinstance(result, Tensor):
                 return alter(result, group)
-            return [alter(part, group) if part.is_floating_point() == numbers else part for part in result]
+            return tuple(alter(part, group) if part.is_floating_point() == numbers else part for part in result)
 
         return Pending(pending.works, finish)
 
@@ -110,7 +110,7 @@ def swap_splits(mesh: Mesh, call: Call, rows: Any, *args: Any) -> Pending[Any]:
     def finish() -> Any:
         result = pending.finish()
         parts = [torch.cat(part.split(received)[::-1]) for part in ([result] if isinstance(result, Tensor) else result)]
-        return parts[0] if isinstance(result, Tensor) else parts
+        return parts[0] if isinstance(result, Tensor) else tuple(parts)
 
     return Pending(pending.works, finish)
 

@@ -43,9 +43,10 @@ BLOCKS_GATHER, BLOCKS_SCATTER = (Site(MATMUL, of, "_swap") for of in ("gather_bl
 BLOCK = Site(MATMUL, "_swap", "dist.batch_isend_irecv")  # of other backends than gloo
 TOTAL = Site(TENSOR, "_total", "all_reduce")
 LARGEST, SUMS = Site(LOSS, CROSS_ENTROPY, "all_reduce", 0), Site(LOSS, CROSS_ENTROPY, "all_reduce", 1)
-OUT, OUT_BACK = (Site(EXCHANGE, f"Dispatch.{of}", "all_to_all_joined") for of in ("forward", "backward"))
-HOME, HOME_BACK = (Site(EXCHANGE, f"Return.{of}", "all_to_all") for of in ("forward", "backward"))
-COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
+OUT, OUT_BACK = (Site(EXCHANGE, f"ToExperts.{of}", "all_to_all_joined") for of in ("there", "back"))
+HOME, HOME_BACK = (Site(EXCHANGE, f"FromExperts.{of}", "all_to_all") for of in ("there", "back"))
+WHOLE = Site(COLLECTIVES, "all_to_all", "dist.all_to_all_single")  # of other backends than gloo
+COUNTS = Site(EXCHANGE, "ExpertExchange.announce", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
 GRADIENTS, WEIGHTS = Site(SLAB, "Slab.close", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
 COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
@@ -86,7 +87,8 @@ BREAKS = [
     *(Break(WEIGHTS, kind, ranks) for kind, ranks in (("never started", 2), ("wrong group", 4))),
     Break(Site(REDUCE, "_exchange", "dist.batch_isend_irecv"), "lost"),
     Break(Site(COLLECTIVES, "all_gather", "dist.all_gather_single"), "erased"),
-    Break(Site(COLLECTIVES, "all_to_all", "dist.all_to_all_single"), "erased"),
+    Break(Site(COLLECTIVES, "all_to_all", "_post"), "received doubled"),
+    Break(WHOLE, "erased"),
     Break(Site(COLLECTIVES, "all_reduce", "dist.all_reduce"), "left alone"),
     Break(Site(COLLECTIVES, "_reduce_scatter", "dist.reduce_scatter_single"), "erased"),
     Break(Site(COLLECTIVES, "_exchange_and_add", "dist.all_to_all_single"), "erased"),
@@ -179,6 +181,8 @@ def prove_broken(rank: int, world: int, breaks: list[Break]) -> Verdicts:
         with pytest.MonkeyPatch.context() as patch, planted(broken, mesh) as hits:
             if broken.site.function == "_reduce_scatter":
                 patch.setattr(collectives, "sums_itself", lambda group: False)
+            if broken.site == WHOLE:
+                patch.setattr(collectives, "posts_itself", lambda group: False)
             if broken.site == BLOCK:
                 patch.setattr(collective_matmul, "_batches", lambda group: True)
             if broken.site == BATCH:

@@ -9,7 +9,7 @@ from spawn import run_ranks
 from model.config import ModelConfig, Recompute
 from parallel.build import build_stages
 from parallel.config import OverlapConfig
-from parallel.exchange import cut_tokens, find_exchanges
+from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh
 from parallel.overlap.record import COMM, COMPUTE, Recorder
 from parallel.pipeline.action import StageMap
@@ -46,6 +46,11 @@ class Layout:
         self.stages, _ = build_stages(config, dtype, 0, mesh, pipeline, OverlapConfig())
         self.batches = [make_batch(config, documents=True, seed=10 * mesh.rank + k) for k in range(BATCHES)]
 
+    def cut(self, pieces: int) -> None:
+        """From now on tokens go in so many pieces."""
+        for exchange in find_exchanges(self.stages.values()).values():
+            exchange.pieces = pieces
+
     def step(self, way: Way, recorder: Recorder | None = None) -> Taken:
         """One step; with ``recorder`` on its lanes."""
         if recorder is None:
@@ -61,10 +66,9 @@ class Layout:
         return taken
 
 
-def compare(rank: int, world: int, config: ModelConfig, stages: int, pieces: int) -> list[tuple[str, list[str]]]:
+def compare(rank: int, world: int, config: ModelConfig, stages: int) -> list[tuple[str, list[str]]]:
     """Every way against plain autograd."""
     layout = Layout(world, config, stages, torch.float32)
-    cut_tokens(layout.stages.values(), pieces)
     ways = ONE if stages == 1 else TWO
     expected = layout.step(ways["autograd"])
     return [(name, find_differences(expected, layout.step(way))) for name, way in ways.items()]
@@ -75,7 +79,7 @@ def compare(rank: int, world: int, config: ModelConfig, stages: int, pieces: int
 @pytest.mark.parametrize("recompute", [Recompute.none, Recompute.selective])
 def test_all_ways_give_the_same_bits(world: int, stages: int, recompute: Recompute) -> None:
     config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
-    for differences in run_ranks(compare, world, config, stages, 1):
+    for differences in run_ranks(compare, world, config, stages):
         assert not [way for way, wrong in differences if wrong]
 
 
@@ -83,7 +87,7 @@ def in_pieces(rank: int, world: int, config: ModelConfig, pieces: int) -> tuple[
     """Whether a step in pieces repeats itself to the bit, in every way, and how far it is from one that is whole."""
     layout = Layout(world, config, 1, torch.float64)
     whole = layout.step(ONE["autograd"])
-    cut_tokens(layout.stages.values(), pieces)
+    layout.cut(pieces)
     repeats, distances = [], []
     for way in ONE.values():
         one, other = layout.step(way), layout.step(way)
@@ -107,7 +111,7 @@ def record(rank: int, world: int, config: ModelConfig, pieces: int) -> list[tupl
     found = []
     for stages, ways in ((1, ONE), (2, TWO)):
         layout = Layout(world, config, stages, torch.float32)
-        cut_tokens(layout.stages.values(), pieces)
+        layout.cut(pieces)
         for name, way in ways.items():
             recorder = Recorder()
             differences = find_differences(layout.step(way), layout.step(way, recorder))

@@ -3,7 +3,6 @@
 import torch
 
 from parallel.build import Shards, build_stages
-from parallel.exchange import cut_tokens
 from parallel.mesh import Mesh
 from training.engines import build_engine
 from training.gather import complete, find_tensors, name_tensors
@@ -20,7 +19,6 @@ def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, Shards]:
     pipeline = case.stages
     mesh.share(pipeline.shared(case.model))
     stages, shards = build_stages(case.model, torch.float64, case.seed, mesh, pipeline, case.overlap)
-    cut_tokens(stages.values(), case.overlap.pieces)
     runner = Runner(case.parallel, pipeline, shape_activations(case.model, case.length, torch.float64, mesh), mesh)
     initial = copy_tensors(stages.values())
     with torch.no_grad():
