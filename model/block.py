@@ -29,6 +29,7 @@ from model.config import ModelConfig
 from model.core import Core, attend
 from model.exchange import Arrived, Exchange, Layout, LocalExchange, permute, unpermute
 from model.experts import Experts, SwiGLU
+from model.mark import mark
 from model.recompute import runner
 from model.router import Router, Routing
 
@@ -225,7 +226,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> BlockOutput:
         carry: Any = x
         for segment in self.segments():
-            carry = segment.module(carry, context)
+            with mark(segment.name):
+                carry = segment.module(carry, context)
         return carry
 
 

@@ -22,6 +22,7 @@ from model.block import BlockOutput, Lane, Segment
 from model.config import ModelConfig
 from model.linear import Deferred
 from model.loss import widen
+from model.mark import mark
 from model.rope import tables
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def list_segments(
 def run(segments: Sequence[Segment], carry: Any, context: Context) -> Any:
     """One segment after the other; gives what the last one made."""
     for segment in segments:
-        carry = segment.module(carry, context)
+        with mark(segment.name):
+            carry = segment.module(carry, context)
     return carry
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, Losses
 from model.linear import WeightGradient
+from model.mark import mark
 from parallel.overlap.execute import interleave
-from parallel.overlap.program import Program, Tape, finish, rewind
+from parallel.overlap.program import Program, Tape, finish, name, rewind
 from parallel.pipeline.action import Action, Op, Overlap, parts
 from parallel.pipeline.lower import Exchange, Step
 from parallel.pipeline.run import Work
@@ -143,16 +144,18 @@ class Training(Work):
         if not self._unrolls:
             return super().pair(forward, x, backward, gradient)
         behind, fills = backward[1:], backward[1:] in self._fills
-        deferred = self._pending[behind].deferred if fills else None
+        deferred, weights = self._pending[behind].deferred if fills else None, backward._replace(op=Op.W)
 
         def fill() -> None:
             if deferred:
-                self._accumulate(deferred.pop(0))
+                with mark(str(weights)):
+                    self._accumulate(deferred.pop(0))
 
-        programs = (self._rewind(*behind, gradient), self._unroll(*forward[1:], x))
+        programs = (name(self._rewind(*behind, gradient), backward), name(self._unroll(*forward[1:], x), forward))
         back, made = interleave(programs, fill)
         if fills:
-            self.weight(*behind)
+            with mark(str(weights)):
+                self.weight(*behind)
         return made, back
 
     @torch.no_grad()
