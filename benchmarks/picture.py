@@ -85,7 +85,7 @@ def _draw_row(row: Sequence[Event], start: float, end: float, scale: float, y: i
             style = "fill-opacity:.35"
         top, tall = (y + 5, ROW - 13) if cat == "travels" else (y, ROW - 3)
         yield (
-            f'<g><title>{escape(event["name"])}: {event["ts"] / 1000:.2f} to {(event["ts"] + event["dur"]) / 1000:.2f} '
+            f"<g><title>{escape(event['name'])}: {event['ts'] / 1000:.2f} to {(event['ts'] + event['dur']) / 1000:.2f} "
             f'ms</title><rect class="{colour}" style="{style}" x="{x:.1f}" y="{top}" width="{width:.1f}" '
             f'height="{tall}"/></g>'
         )

@@ -20,7 +20,6 @@ from training.finish import Summary, finish
 from training.interrupt import Interrupt
 from training.machine import join_mesh
 from training.picture import describe_schedule, draw_schedule, simulate_step
-from training.profile import Profile
 from training.setup import set_up
 from training.sinks import open_record
 from training.steps import run_steps
@@ -52,8 +51,7 @@ def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) 
             draw_schedule(timeline, folder)
         gauge = Gauge(config, setup.schedule, setup.machine, price)
         with open_view(gauge) as view, Interrupt(view.note) as interrupt:
-            profile = Profile(setup, folder, view.note if first else _say_nothing)
-            outcome = run_steps(setup, record, view, lambda: interrupt.asked, profile)
+            outcome = run_steps(setup, record, view, lambda: interrupt.asked, folder)
             if config.checkpoint.save:
                 save_weights(setup, folder / "weights")
                 view.note(f"weights saved in {folder / 'weights'}")

@@ -8,23 +8,19 @@
 Nothing is recorded, and nothing costs anything, outside of ``profile.steps``. A profile changes no number.
 """
 
-import gzip
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from parallel.pipeline.trace import list_events as list_spans
 from parallel.topology import Axis
 from training.agree import wait_for_all
+from training.joined import join, tell_memory
 from training.picture import simulate_step
 from training.setup import Setup
-from training.timeline import Seen, describe, find_peak, list_events, look
 
 ACTIVITIES = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}  # besides the CPU's
 HISTORY = 1_000_000  # calls of the allocator that a snapshot has
@@ -89,62 +85,9 @@ class Profile:
         return profiler
 
     def _join(self) -> None:
-        """Writes one trace of all ranks of this machine, and what they had allocated."""
         ranks = range(min(self._setup.mesh.ranks_per_node, self._setup.mesh.topology.world))
-        traces = {rank: json.loads(gzip.decompress(self._path(rank).read_bytes())) for rank in ranks}
-        origin = min(_find_start(trace) for trace in traces.values())
-        seen = {rank: look(trace, origin) for rank, trace in traces.items()}
-        events = [event for rank, each in seen.items() for event in list_events(rank, each)]
-        events += self._simulate(seen)
-        rows = {"displayTimeUnit": "ms", "baseTimeNanoseconds": origin, "traceEvents": events}
-        (self._folder / "trace.json").write_text(json.dumps(rows), encoding="utf-8")
-        self._note(f"profile of steps {self._config.steps} in {self._folder / 'trace.json'}: open it in ui.perfetto.dev")
+        places = {rank: self._setup.mesh.topology.coordinate(rank, Axis.pp) for rank in ranks}
+        joined = join(self._folder, places, simulate_step(self._setup.config, self._setup.mesh))
+        self._note(f"profile of steps {self._config.steps} in {joined}: open it in ui.perfetto.dev")
         if self._config.memory:
-            self._tell_memory(seen)
-
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank}.json.gz"
-
-    def _simulate(self, seen: dict[int, Seen]) -> list[dict[str, Any]]:
-        """The simulated step of every rank, as long as the measured ones and beside them."""
-        timeline, events = simulate_step(self._setup.config, self._setup.mesh), list[dict[str, Any]]()
-        steps = {step.name: step for each in seen.values() for step in each.steps}
-        for name in steps:
-            inside = [
-                action
-                for each in seen.values()
-                for step in each.steps
-                if step.name == name
-                for action in each.actions
-                if step.holds(action.start)
-            ]
-            start, end = min(action.start for action in inside), max(action.end for action in inside)
-            second = (end - start) / 1e6 / float(timeline.makespan)
-            for rank in seen:
-                place = self._setup.mesh.topology.coordinate(rank, Axis.pp)
-                spans = list_spans({"simulated": timeline.rows((place,), second)})
-                events += [
-                    event | {"pid": rank, "tid": 0, "ts": event["ts"] + start} for event in spans if event["ph"] == "X"
-                ]
-        return events
-
-    def _tell_memory(self, seen: dict[int, Seen]) -> None:
-        rows = []
-        for rank, each in seen.items():
-            for step in each.steps:
-                if (peak := find_peak(each, step)) is not None:
-                    where = "" if peak[1] is None else describe(peak[1])[0]
-                    rows.append({"rank": rank, "step": step.name, "bytes": peak[0], "in": where})
-        (self._folder / "memory.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        if rows:
-            top = max(rows, key=lambda row: row["bytes"])
-            self._note(
-                f"memory: at most {top['bytes'] / 2**20:.1f} MiB more than as the profile began, on rank {top['rank']} "
-                f"in {top['step']}, {top['in'] or 'outside of segments'}"
-            )
-
-
-def _find_start(trace: dict[str, Any]) -> int:
-    """Nanoseconds since 1970 at which the first step of a rank's profile begins."""
-    first = min(event["ts"] for event in trace["traceEvents"] if str(event.get("name")).startswith("step "))
-    return int(trace.get("baseTimeNanoseconds", 0)) + int(first * 1000)
+            self._note(tell_memory(self._folder))

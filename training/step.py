@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from time import monotonic
 
-from model.mark import mark
 from model.statistics import measure_balance
 from parallel.exchange import take_travelled
 from parallel.topology import Axis
@@ -41,8 +40,7 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
     travel = total_travel(setup.stages.values(), mesh)
     losses = [loss / count for loss, count in zip(totals.losses.tolist(), denominators.tokens, strict=True)]
     lr = rate(config.optimizer, step, config.run.steps, setup.schedule)
-    with mark("update"):
-        update = setup.engine.step(lr, finite=all(map(math.isfinite, losses)))
+    update = setup.engine.step(lr, finite=all(map(math.isfinite, losses)))
     if update.applied:
         for stage in setup.stages.values():
             stage.update_biases(totals.load, config.model.moe.bias_speed)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 from training.agree import any_rank
 from training.evaluate import evaluate
@@ -14,10 +15,10 @@ from training.step import run_step
 from training.view import View
 
 
-def run_steps(setup: Setup, record: Record, view: View, asked: Callable[[], bool], profile: Profile) -> Outcome:
-    """Takes every step of the run, or as many as it can before it is ``asked`` to stop."""
+def run_steps(setup: Setup, record: Record, view: View, asked: Callable[[], bool], folder: Path) -> Outcome:
+    """Takes every step of the run, or as many as it can before it is ``asked`` to stop. ``folder`` is the run's."""
     run, limit = setup.config.run, setup.config.optimizer.skip_limit
-    row, held_out, skipped = None, math.nan, 0
+    row, held_out, skipped, profile = None, math.nan, 0, Profile(setup, folder, view.note)
     # Several ranks agree between steps; one has nobody to agree with and stops between micro-batches.
     stop = asked if setup.mesh.topology.world == 1 else _never
     for step in range(run.steps):

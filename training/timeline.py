@@ -1,4 +1,4 @@
-"""What torch's profiler has seen of a rank, as rows that a person can read: what is computed, and what travels meanwhile.
+"""What torch's profiler has seen of a rank, as rows that a person can read: what is computed while what travels.
 
     actions     | 1F0&0B2                                                         |    marks of the interpreter
     compute     | experts B2 | attention F0 .. | W2 | experts B2 | ..                  segments, by micro-batch
@@ -7,7 +7,7 @@
     memory      what is allocated beyond what was when the profile began, MiB
 
 Forwards are marked segment by segment (``model.mark``). Of a backward the profiler has autograd's nodes, each with the
-sequence number of the operation that made it in the forward: that says which segment it belongs to. Whatever has no such
+sequence number of the operation that made it in the forward: that says which segment it belongs to. What has no such
 number, such as a sum into a gradient, belongs where the node before it did.
 
 The profiler's times are microseconds from ``baseTimeNanoseconds``, both by the clock of the machine: ranks of a machine
@@ -104,10 +104,9 @@ def look(trace: Raw, origin: int) -> Seen:
     pieces += [Piece("weights", each.name, each.start, each.end) for each in actions.ranges if "W" in each.name]
     pieces.sort(key=lambda piece: piece.start)
     waits = [each for each in _ranges(marked, FLIGHT) if each.name.startswith("land")]
-    memory = [(e["ts"], e["args"]["Total Allocated"]) for e in events if e["name"] == "[memory]" and _is_first(e)]
     outer = [*pairs, *(each for each in turns if not any(pair.holds(each.start) for pair in pairs))]
     return Seen(steps, sorted(outer, key=lambda each: each.start), pieces, waits,
-                find_transfers(events, Marks(pieces)), memory)  # fmt: skip
+                find_transfers(events, Marks(pieces)), _find_memory(events))  # fmt: skip
 
 
 def find_transfers(events: Sequence[Raw], pieces: Marks) -> list[Transfer]:
@@ -146,13 +145,13 @@ def list_events(rank: int, seen: Seen) -> Iterator[Raw]:
     for wait in seen.waits:
         yield _complete(rank, 2, "waits", "wait", wait.start, wait.end)
     rows = 0
-    for row, each in _place(seen.transfers):
+    for row, transfer in _place(seen.transfers):
         rows = max(rows, row + 1)
-        if each.piece is not None:
-            about = {"args": explain(each.piece)}
-            yield _complete(rank, 3 + row, *describe(each.piece), each.start, each.end) | about
-        if each.travelled is not None:
-            yield _complete(rank, 3 + row, each.name, "travels", *each.travelled)
+        if transfer.piece is not None:
+            about = {"args": explain(transfer.piece)}
+            yield _complete(rank, 3 + row, *describe(transfer.piece), transfer.start, transfer.end) | about
+        if transfer.travelled is not None:
+            yield _complete(rank, 3 + row, transfer.name, "travels", *transfer.travelled)
     for tid, name in enumerate((*ROWS[:3], *(f"network {row + 1}" for row in range(rows)))):
         yield _call("thread_name", rank, tid, name)
         yield {"ph": "M", "name": "thread_sort_index", "pid": rank, "tid": tid, "args": {"sort_index": tid}}
@@ -284,9 +283,11 @@ def _kind(name: str) -> str:
     return re.sub(r"base|_|single|tensor", "", name.rpartition(":")[2])
 
 
-def _is_first(event: Raw) -> bool:
-    """Whether the memory is the one that matters: on a machine with an accelerator, the accelerator's."""
-    return bool(event["args"].get("Device Type") in (0, 1))
+def _find_memory(events: Sequence[Raw]) -> list[tuple[float, float]]:
+    """What is allocated, whenever that changes: on an accelerator, if there is one, else on the CPU."""
+    changes = [event for event in events if event["name"] == "[memory]"]
+    device = max((event["args"]["Device Type"] for event in changes), default=0)  # the CPU is device type 0
+    return [(each["ts"], each["args"]["Total Allocated"]) for each in changes if each["args"]["Device Type"] == device]
 
 
 def _complete(rank: int, row: int, name: str, cat: str, start: float, end: float) -> Raw:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from model.attention import Context
 from model.batch import Batch, Denominators
-from model.block import Segment, Wait
 from model.flow import begin, list_segments, share
 from model.linear import Deferred
 from model.mark import mark
+from model.segment import Segment, Wait
 from model.transformer import Transformer
 from parallel.overlap.cut import Gradients, Stretch
 

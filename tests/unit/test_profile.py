@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from training.metrics import read
 from training.timeline import Piece, Range, find_peak, list_events, look, thin
 
 
-
 @pytest.mark.parametrize(
-    ("words", "steps"), [(None, []), ("4", [3]), ("2-2", [1]), ("3-5", [2, 3, 4])], ids=["none", "one", "two", "several"]
+    ("words", "steps"),
+    [(None, []), ("4", [3]), ("2-2", [1]), ("3-5", [2, 3, 4])],
+    ids=["none", "one", "two", "several"],
 )
 def test_steps_are_numbered_as_a_run_prints_them(words: str | None, steps: list[int]) -> None:
     assert list(ProfileConfig(steps=words).range()) == steps
@@ -141,7 +143,7 @@ def test_rows_of_the_network_do_not_overlap() -> None:
         if each["ph"] == "X" and each["tid"] >= 3 and each["cat"] != "travels":
             rows.setdefault(each["tid"], []).append((each["ts"], each["ts"] + each["dur"]))
     assert sorted(rows) == [3, 4]
-    assert all(a[1] <= b[0] for row in rows.values() for a, b in zip(row, row[1:], strict=False))
+    assert all(a[1] <= b[0] for row in rows.values() for a, b in pairwise(row))
 
 
 def test_memory_is_thinned_and_keeps_its_peak() -> None:
