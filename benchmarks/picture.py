@@ -83,14 +83,14 @@ def _draw_row(row: Sequence[Event], start: float, end: float, scale: float, y: i
         style = {"wait": "fill:none;stroke:#1b1f24;stroke-width:.7;stroke-dasharray:2 2"}.get(cat, "")
         if cat not in ("wait", "travels") and event["tid"] >= NETWORK:
             style = "fill-opacity:.35"
-        top, tall = (y + 5, ROW - 13) if cat == "travels" else (y, ROW - 3)
+        top, tall = (y + ROW - 8, 5) if cat == "travels" else (y, ROW - 3)
         yield (
             f"<g><title>{escape(event['name'])}: {event['ts'] / 1000:.2f} to {(event['ts'] + event['dur']) / 1000:.2f} "
             f'ms</title><rect class="{colour}" style="{style}" x="{x:.1f}" y="{top}" width="{width:.1f}" '
             f'height="{tall}"/></g>'
         )
         if cat in COLOURS and (words := _fit(event, width)):
-            yield f'<text class="m" x="{x + width / 2:.1f}" y="{y + 13}" pointer-events="none">{escape(words)}</text>'
+            yield f'<text class="m" x="{x + width / 2:.1f}" y="{y + 10 + 3 * (event["tid"] == COMPUTE)}" pointer-events="none">{escape(words)}</text>'
 
 
 def _fit(event: Event, width: float) -> str:

@@ -242,7 +242,7 @@ def _ranges(events: Iterable[Raw], pattern: str) -> Iterator[Range]:
 
 def _leaves(ranges: Sequence[Any]) -> Iterator[Any]:
     """Those of nested ``ranges``, in the order of their starts, that have none inside."""
-    for each, after in zip(ranges, [*ranges[1:], None], strict=True):
+    for each, after in zip(ranges, [*ranges, None][1:], strict=True):
         if after is None or after.start >= each.end:
             yield each
 
@@ -250,7 +250,7 @@ def _leaves(ranges: Sequence[Any]) -> Iterator[Any]:
 def _qualify(ranges: Sequence[Range]) -> Iterator[Range]:
     """Segments; those of a whole block get its name in front: layers.2.block, experts -> layers.2.experts."""
     outer: Range | None = None
-    for each, after in zip(ranges, [*ranges[1:], None], strict=True):
+    for each, after in zip(ranges, [*ranges, None][1:], strict=True):
         if outer is not None and each.start >= outer.end:
             outer = None
         if after is not None and after.start < each.end:

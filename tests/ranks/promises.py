@@ -115,14 +115,16 @@ def open_what_rank_0_prepared(stand: Stand) -> bool:
 
 def begin_profiles_together(stand: Stand) -> bool:
     """No rank takes a step that is to be profiled before all can."""
-    return stay_together(stand, make_profile(stand)._start)
+    profile = make_profile(stand)
+    kept = stay_together(stand, lambda: take_a_step(profile))
+    profile.close()
+    return kept
 
 
 def join_what_all_have_seen(stand: Stand) -> bool:
     """No rank goes on, and rank 0 does not join profiles, before all are written."""
     profile = make_profile(stand)
-    with profile.around(0):
-        pass
+    take_a_step(profile)
     return stay_together(stand, profile.close)
 
 
@@ -130,6 +132,12 @@ def make_profile(stand: Stand) -> Profile:
     """Of the first two steps."""
     stand.setup.config.profile.steps = "1-2"
     return Profile(stand.setup, stand.folder, lambda line: None)
+
+
+def take_a_step(profile: Profile) -> None:
+    """One in which nothing happens."""
+    with profile.around(0):
+        pass
 
 
 def leave_together(stand: Stand) -> bool:

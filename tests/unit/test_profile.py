@@ -13,7 +13,7 @@ from model.mark import NOTHING, mark
 from training.config import ProfileConfig
 from training.loop import train
 from training.metrics import read
-from training.timeline import Piece, Range, find_peak, list_events, look, thin
+from training.timeline import Piece, Range, Seen, find_peak, list_events, look, thin
 
 
 @pytest.mark.parametrize(
@@ -153,3 +153,9 @@ def test_memory_is_thinned_and_keeps_its_peak() -> None:
               for time, value in ((4, 10), (11, 30), (150, 20))]  # fmt: skip
     seen = look({"traceEvents": [*PAIR, *memory]}, 0)
     assert find_peak(seen, seen.steps[0]) == (30, Piece("layers.0.experts", "0F0", 9, 17))
+
+
+def test_a_step_in_which_nothing_happens() -> None:
+    seen = look({"traceEvents": [event("step 1", 0, 200)]}, 0)
+    assert seen == Seen([Range("step 1", 0, 200)], [], [], [], [], [])
+    assert [each["name"] for each in list_events(3, seen) if each["ph"] == "X"] == ["step 1"]
