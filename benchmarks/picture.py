@@ -90,7 +90,8 @@ def _draw_row(row: Sequence[Event], start: float, end: float, scale: float, y: i
             f'height="{tall}"/></g>'
         )
         if cat in COLOURS and (words := _fit(event, width)):
-            yield f'<text class="m" x="{x + width / 2:.1f}" y="{y + 10 + 3 * (event["tid"] == COMPUTE)}" pointer-events="none">{escape(words)}</text>'
+            line = y + (13 if event["tid"] == COMPUTE else 10)
+            yield f'<text class="m" x="{x + width / 2:.1f}" y="{line}" pointer-events="none">{escape(words)}</text>'
 
 
 def _fit(event: Event, width: float) -> str:
