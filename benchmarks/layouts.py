@@ -99,7 +99,7 @@ def build_step(mesh: Any, compiled: bool, sequences: int) -> Callable[[], None]:
     from training.native import Native
 
     config = Composer().compose(("run=small",))[0].model
-    model, shards = build_sharded(config, torch.bfloat16, mesh.device, 0, mesh)
+    model, shards = build_sharded(config, torch.bfloat16, 0, mesh)
     if compiled:
         compile_segments(model)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-3))
@@ -116,6 +116,7 @@ def build_step(mesh: Any, compiled: bool, sequences: int) -> Callable[[], None]:
             engine.backward(0, engine.forward(0, batch, denominators).total)
         engine.finished(0)
         engine.step(1e-3)
+        engine.settle()
 
     return step
 

@@ -139,7 +139,7 @@ def train(name: EngineName, run: str, moments: MomentDtype, mesh: Mesh) -> dict[
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     low = read_status("VmHWM")
     config = Composer().compose((f"run={run}",))[0].model
-    model, shards = build_sharded(config, torch.bfloat16, mesh.device, 0, mesh)
+    model, shards = build_sharded(config, torch.bfloat16, 0, mesh)
     engine = build_engine(name, {0: model}, shards, mesh, OptimizerConfig(lr=1e-3, moments=moments), torch.bfloat16)
     found: dict[str, list[float]] = {"formula": list(predict(name, shards, mesh, moments))}
 
@@ -154,8 +154,10 @@ def train(name: EngineName, run: str, moments: MomentDtype, mesh: Mesh) -> dict[
             run_backward(engine, config.mtp.depth, mesh)
         weigh("added up")
         engine.finished(0)
+        engine.settle()
         weigh("summed")
         engine.step(1e-3)
+        engine.settle()
         weigh("over")
     return found | {"peak": [read_status("VmHWM") - low]}
 

@@ -17,7 +17,7 @@ ranks live in theirs and end with this process. When all have ended, by SIGKILL 
 with the bridge, links and queues in them.
 
 **No packet is lost.** A bucket that overflows would cost a sender 200 ms whenever the last packet of a message is hit.
-What a connection may have on its way is bounded by the receiver's buffer (``SETTINGS``), and a bucket has room for
+What a connection may have on its way is bounded by the receiver's buffer (``window``), and a bucket has room for
 that many bytes of hundreds of connections. The same bound keeps a small message from waiting long behind a large one.
 A bucket lets through ``BURST`` seconds at once; packets that are longer (the kernel hands over up to 64 kB at a time)
 are cut to the MTU first. Ranks of one machine share its processors: rates above what these copy are not reached.
@@ -46,11 +46,11 @@ MTU = 9000  # bytes
 BURST, LEAST_BURST = 0.5e-3, 20_000  # seconds of the rate; bytes
 ROOM = 64 << 20  # bytes that may wait before a link
 SILENT = "ended without an answer"
+WINDOW = 131072  # bytes that a connection may have on its way
 # Of every namespace. Reno is there in every kernel, and with no packet lost it never slows down.
 SETTINGS = {
     "ipv4/tcp_congestion_control": "reno",
     "ipv4/tcp_slow_start_after_idle": "0",
-    "ipv4/tcp_rmem": "4096 131072 131072",
     "ipv6/conf/default/disable_ipv6": "1",
 }
 
@@ -83,21 +83,22 @@ class Links(NamedTuple):
 class Network:
     """``ranks`` namespaces on a bridge, each link at ``megabits`` Mbit/s in both directions (None: no limit).
 
+    A connection has at most ``window`` bytes on its way: more is for fast links, less for small messages beside large.
     A context manager: it is there inside ``with``. Raises ValueError for a bad number of ranks or rate, and on entering
     OSError where networks cannot be made (``can_make`` tells).
     """
 
-    def __init__(self, ranks: int, megabits: float | None) -> None:
+    def __init__(self, ranks: int, megabits: float | None, window: int = WINDOW) -> None:
         if not 1 <= ranks <= MOST:
             raise ValueError(f"ranks={ranks} must be from 1 to {MOST}")
         describe(megabits)
-        self.ranks, self.megabits = ranks, megabits
+        self.ranks, self.megabits, self.window = ranks, megabits, window
 
     def __enter__(self) -> "Network":
         with ExitStack() as opened:
             paths = []
             for _ in range(self.ranks + 1):
-                descriptor = make_namespace()
+                descriptor = make_namespace(self.window)
                 opened.callback(os.close, descriptor)
                 paths.append(f"/proc/{os.getpid()}/fd/{descriptor}")
             self.links = Links(paths[0], tuple(paths[1:]))
@@ -178,10 +179,10 @@ def can_make() -> str | None:
         return f"{error.strerror or error} (needs root: CAP_SYS_ADMIN and CAP_NET_ADMIN)"
 
 
-def make_namespace() -> int:
+def make_namespace(window: int = WINDOW) -> int:
     """A descriptor of a new network namespace, which is there as long as something holds it. Raises OSError."""
     with inside(None):
-        for name, value in SETTINGS.items():
+        for name, value in {**SETTINGS, "ipv4/tcp_rmem": f"4096 {window} {window}"}.items():
             if (setting := Path("/proc/sys/net") / name).exists():
                 setting.write_text(value)
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY)

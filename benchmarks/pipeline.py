@@ -202,7 +202,7 @@ def build_step(candidate: Candidate, options: argparse.Namespace) -> tuple[Sched
     from launcher.compose import Composer
     from model.batch import Batch, Denominators
     from parallel.build import build_stages
-    from parallel.config import ParallelConfig, PipelineConfig, ScheduleName
+    from parallel.config import OverlapConfig, ParallelConfig, PipelineConfig, ScheduleName
     from parallel.pipeline.plan import divide_model, schedule_of
     from parallel.topology import Topology
     from training.config import OptimizerConfig
@@ -217,7 +217,7 @@ def build_step(candidate: Candidate, options: argparse.Namespace) -> tuple[Sched
     pipeline = divide_model(parallel, config, schedule)
     mesh = Mesh(Topology(pp=2), CPU)
     mesh.share(pipeline.shared(config))
-    stages, shards = build_stages(config, torch.bfloat16, CPU, 0, mesh, pipeline)
+    stages, shards = build_stages(config, torch.bfloat16, 0, mesh, pipeline, OverlapConfig())
     engine = Native(stages, shards, mesh, OptimizerConfig(lr=1e-3))
     runner = Runner(parallel, pipeline, shape_activations(config, 256, torch.bfloat16, mesh), mesh)
     torch.manual_seed(0)
@@ -230,6 +230,7 @@ def build_step(candidate: Candidate, options: argparse.Namespace) -> tuple[Sched
         spans: list[Span] = []
         engine.begin()
         runner.step(engine, batches, denominators, spans=spans)
+        engine.settle()
         return spans
 
     return schedule, step

@@ -87,7 +87,7 @@ def build_ours(config, dtype, batch, compiled: bool) -> Callable[[], None]:  # t
 
     connect(torch.device("cpu"))
     mesh = Mesh(Topology(), torch.device("cpu"))
-    model, shards = build_sharded(config, dtype, mesh.device, 0, mesh)
+    model, shards = build_sharded(config, dtype, 0, mesh)
     if compiled:
         compile_segments(model)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-3))

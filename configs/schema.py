@@ -16,7 +16,7 @@ from parallel.topology import Topology
 from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
 from training.ramp import batch_sizes
 from training.support import check as check_engine
-from training.support import check_compile, check_microbatches
+from training.support import check_compile, check_microbatches, check_overlap
 
 BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
 
@@ -55,6 +55,7 @@ class TrainConfig:
         check_engine(self.parallel.engine, self.precision, self.optimizer, self.model.recompute)
         p, length = self.parallel, self.data.sequence_length
         check_pipeline(self.model, p)
+        check_overlap(p, self.run.device)
         if p.pipeline.file is None:
             name = p.pipeline.schedule
             check_compile(self.run.compile, f"parallel.pipeline.schedule={name}", SCHEDULES[name].splits)

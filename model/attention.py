@@ -79,32 +79,38 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
-        q, latent, key = self._project(x, context)
+        latents, expand = self._compress(x, context.deferred)
         if context.cache is not None:
-            return self._generate(q, *context.cache.extend(self.layer, latent, key))
-        k, v = self._expand(latent, key, context.deferred)
-        out = self.core(q, k, v, context.documents)
-        return self.sequence.scatter(self.o(out.transpose(1, 2).flatten(2), context.deferred))
+            return self._generate(latents, expand, context, context.cache)
+        # One exchange: what is sent and multiplied block by block costs a message a block.
+        q, kv, key = self.sequence.gather_linear(latents, (expand, self.kv_b), context.deferred)
+        q, key = self._rotate(q, key, context)
+        out = self.core(q, *self._expand(kv, key), context.documents)
+        return self.sequence.linear_scatter(out.transpose(1, 2).flatten(2), self.o, context.deferred)
 
-    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, heads, S, D] rotated and scaled, normed kv latent [B, S, kv_rank], rotated key [B, S, rope]."""
-        a, deferred = self.sizes, context.deferred
+    def _compress(self, x: Tensor, deferred: Deferred) -> tuple[tuple[Tensor, Tensor, Tensor], Linear]:
+        """Normed q latent [B, S, q_rank] or ``x``, normed kv latent [B, S, kv_rank], key [B, S, rope]; and what widens
+        the first to queries.
+        """
+        a = self.sizes
         if a.q_rank is None:
-            q_latent, expand = x, self.q
             latent, key = self.kv_a(x, deferred).split((a.kv_rank, a.rope_dim), dim=-1)
-        else:
-            q_latent, latent, key = self.q_kv_a(x, deferred).split((a.q_rank, a.kv_rank, a.rope_dim), dim=-1)
-            q_latent, expand = self.q_norm(q_latent), self.q_b
-        q_latent, latent, key = self.sequence.gather(q_latent, self.kv_norm(latent), key)
-        q = self._heads(expand(q_latent, deferred) * self.scale, a.nope_dim + a.rope_dim)
+            return (x, self.kv_norm(latent), key), self.q
+        q_latent, latent, key = self.q_kv_a(x, deferred).split((a.q_rank, a.kv_rank, a.rope_dim), dim=-1)
+        return (self.q_norm(q_latent), self.kv_norm(latent), key), self.q_b
+
+    def _rotate(self, q: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Queries [B, S, heads * D] -> [B, heads, S, D], scaled and rotated; the rotary key [B, S, rope], rotated."""
+        a = self.sizes
+        q = self._heads(q * self.scale, a.nope_dim + a.rope_dim)
         q_nope, q_rope = q.split((a.nope_dim, a.rope_dim), dim=-1)
         q = torch.cat((q_nope, rotate(q_rope, context.cos, context.sin)), dim=-1)
-        return q, latent, rotate(key, context.cos, context.sin)
+        return q, rotate(key, context.cos, context.sin)
 
-    def _expand(self, latent: Tensor, key: Tensor, deferred: Deferred) -> tuple[Tensor, Tensor]:
-        """Keys [B, heads, S, D] and values [B, heads, S, V] of latents."""
+    def _expand(self, kv: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, heads, S, D] and values [B, heads, S, V] of widened latents [B, S, heads * (nope + v)]."""
         a = self.sizes
-        k, v = self._heads(self.kv_b(latent, deferred), a.nope_dim + a.v_dim).split((a.nope_dim, a.v_dim), dim=-1)
+        k, v = self._heads(kv, a.nope_dim + a.v_dim).split((a.nope_dim, a.v_dim), dim=-1)
         return torch.cat((k, key[:, None].expand(-1, k.shape[1], -1, -1)), dim=-1), v.contiguous()
 
     @staticmethod
@@ -112,9 +118,14 @@ class LatentAttention(nn.Module):
         """[B, S, heads * width] -> [B, heads, S, width]."""
         return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
-    def _generate(self, q: Tensor, latent: Tensor, key: Tensor) -> Tensor:
+    def _generate(
+        self, latents: tuple[Tensor, Tensor, Tensor], expand: Linear, context: Context, cache: Cache
+    ) -> Tensor:
         """The last S of all cached tokens attend to everything before them."""
-        k, v = self._expand(latent, key, None)
+        q, latent, key = self.sequence.gather_linear(latents, (expand,), None)
+        q, key = self._rotate(q, key, context)
+        latent, key = cache.extend(self.layer, latent, key)
+        k, v = self._expand(self.kv_b(latent), key)
         scores = q @ k.mT
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(future.triu(1 + scores.shape[-1] - scores.shape[-2]), float("-inf"))

@@ -46,8 +46,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, deferred: Deferred = None) -> Tensor:
         """[..., H] -> [..., H]."""
-        (x,) = self.sequence.gather(x)
-        return self.sequence.scatter(self.down(swiglu(self.gate_up(x, deferred)), deferred))
+        (both,) = self.sequence.gather_linear((x,), (self.gate_up,), deferred)
+        return self.sequence.linear_scatter(swiglu(both), self.down, deferred)
 
 
 class GroupedLinear(nn.Module):

@@ -25,6 +25,23 @@ class WeightGradient(NamedTuple):
 Deferred = list[WeightGradient] | None
 
 
+def differentiate_weight(
+    gy: Tensor, x: Tensor, weight: Tensor, deferred: Deferred, parameter: Tensor | None
+) -> Tensor | None:
+    """gy [..., O], x [..., I] -> gW in the shape of ``weight``; with a list in ``deferred`` it gets the product, to be
+    added to ``parameter``'s gradient later, and the result is None.
+    """
+
+    def compute() -> Tensor:
+        return (gy.flatten(0, -2).t() @ x.flatten(0, -2)).view(weight.shape)
+
+    if deferred is None:
+        return compute()
+    assert parameter is not None
+    deferred.append(WeightGradient(parameter, compute))
+    return None
+
+
 class LinearFunction(torch.autograd.Function):
     """y = x W^T. With a list in ``deferred``, the backward appends the weight gradient to it and returns none."""
 
@@ -41,14 +58,7 @@ class LinearFunction(torch.autograd.Function):
         gx = gy @ weight.flatten(0, -2) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return gx, None, None
-
-        def compute() -> Tensor:
-            return (gy.flatten(0, -2).t() @ x.flatten(0, -2)).view(weight.shape)
-
-        if ctx.deferred is None:
-            return gx, compute(), None
-        ctx.deferred.append(WeightGradient(ctx.parameter, compute))
-        return gx, None, None
+        return gx, differentiate_weight(gy, x, weight, ctx.deferred, ctx.parameter), None
 
 
 class Linear(nn.Module):

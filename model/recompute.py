@@ -5,7 +5,8 @@
     full        keep the segment's input only
 
 Selective is DeepSeek-V3's choice (section 3.2.3). Routing decisions and what came from other ranks are kept whatever
-the policy, so that a second forward cannot route a token elsewhere, count it twice or talk to anyone.
+the policy, so that a second forward cannot route a token elsewhere, count it twice or talk to anyone. An operation that
+both communicates and multiplies is kept with all that it gives; so whoever splits a gather asks ``is_repeated`` first.
 Statistics leave a segment as outputs of its first forward. Built on torch's selective activation checkpointing.
 """
 
@@ -26,23 +27,35 @@ PRODUCTS = (
     torch.ops.shoestring.attention.default,
 )
 Runner = Callable[..., Any]
+Sizes = tuple[tuple[int, int], ...]
 
 
-def up_projections(config: ModelConfig) -> frozenset[tuple[int, int]]:
-    """Sizes (inner, outer) of the products that widen a latent to all heads: cheap to repeat, large to keep."""
+def list_repeated(config: ModelConfig) -> Sizes | None:
+    """Which matrix products a backward computes again: sizes (inner, outer); None: all of them.
+
+    Selectively, products that widen a latent to all heads: cheap to repeat, large to keep.
+    """
+    if config.recompute is Recompute.none:
+        return ()
+    if config.recompute is Recompute.full:
+        return None
     a = config.attention
-    sizes = {(a.kv_rank, a.heads * (a.nope_dim + a.v_dim))}
+    sizes = [(a.kv_rank, a.heads * (a.nope_dim + a.v_dim))]
     if a.q_rank is not None:
-        sizes.add((a.q_rank, a.heads * (a.nope_dim + a.rope_dim)))
-    return frozenset(sizes)
+        sizes.append((a.q_rank, a.heads * (a.nope_dim + a.rope_dim)))
+    return tuple(sizes)
 
 
-def _policy(
-    kept: tuple[Any, ...], repeated: frozenset[tuple[int, int]], context: Any, op: Any, *args: Any, **options: Any
-) -> Any:
+def is_repeated(shape: tuple[int, int], sizes: Sizes | None) -> bool:
+    """Whether a product by a weight [inner, outer], or by one of which it is an equal part, is among ``sizes``."""
+    inner, outer = shape
+    return sizes is None or any(inner == of and whole % outer == 0 for of, whole in sizes)
+
+
+def _policy(kept: tuple[Any, ...], repeated: Sizes | None, context: Any, op: Any, *args: Any, **options: Any) -> Any:
     if op.namespace == COMMUNICATION:
         return CheckpointPolicy.MUST_SAVE
-    if op in kept and not (op is torch.ops.aten.mm.default and tuple(args[1].shape) in repeated):
+    if op in kept and not (op is torch.ops.aten.mm.default and is_repeated(args[1].shape, repeated)):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -52,7 +65,7 @@ def runner(config: ModelConfig) -> Runner:
     if config.recompute is Recompute.none:
         return lambda body, *inputs: body(*inputs)
     kept = DECISIONS if config.recompute is Recompute.full else DECISIONS + PRODUCTS
-    policy = partial(_policy, kept, up_projections(config))
+    policy = partial(_policy, kept, list_repeated(config))
     contexts = partial(create_selective_checkpoint_contexts, policy)
     return partial(_run, contexts)
 

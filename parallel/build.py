@@ -5,6 +5,7 @@ import torch
 from model.build import initialise, outline
 from model.config import ModelConfig
 from model.transformer import Transformer
+from parallel.config import OverlapConfig
 from parallel.mesh import Mesh
 from parallel.parallelize import parallelize
 from parallel.pipeline.stages import Pipeline, whole
@@ -17,11 +18,11 @@ Shards = dict[str, Shard]
 
 
 def allocate_stages(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, mesh: Mesh, pipeline: Pipeline
+    config: ModelConfig, dtype: torch.dtype, mesh: Mesh, pipeline: Pipeline, overlap: OverlapConfig
 ) -> tuple[Stages, Shards]:
     """The stages of this rank without values, and what part of the whole each of their parameters is.
 
-    A parameter of two stages is one tensor.
+    A parameter of two stages is one tensor. Raises ValueError for an ``overlap`` that there is nothing for here.
     """
     names = [name for name, _ in outline(config, dtype).named_parameters()]
     placements = place(plan_transformer(config), names)
@@ -29,8 +30,8 @@ def allocate_stages(
     shards: Shards = {}
     for stage in pipeline.stage_map.stages_of(mesh.coordinate(Axis.pp)):
         model = outline(config, dtype, pipeline.layers[stage])
-        shards |= parallelize(model, placements, mesh)
-        stages[stage] = model.to_empty(device=device)
+        shards |= parallelize(model, placements, mesh, overlap)
+        stages[stage] = model.to_empty(device=mesh.device)
         for other in stages.values():
             share_embedding(other, model)
     for name, shard in shards.items():
@@ -40,20 +41,20 @@ def allocate_stages(
 
 
 def build_stages(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int, mesh: Mesh, pipeline: Pipeline
+    config: ModelConfig, dtype: torch.dtype, seed: int, mesh: Mesh, pipeline: Pipeline, overlap: OverlapConfig
 ) -> tuple[Stages, Shards]:
     """Stages ready to train: on every layout the values are those of ``model.build.build`` with the same seed."""
-    stages, shards = allocate_stages(config, dtype, device, mesh, pipeline)
+    stages, shards = allocate_stages(config, dtype, mesh, pipeline, overlap)
     for model in stages.values():
         initialise(model, seed, {name: (shard.global_shape, shard.slices) for name, shard in shards.items()})
     return stages, shards
 
 
 def build_sharded(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int, mesh: Mesh
+    config: ModelConfig, dtype: torch.dtype, seed: int, mesh: Mesh, overlap: OverlapConfig | None = None
 ) -> tuple[Transformer, Shards]:
     """``build_stages`` where there is a single stage."""
-    stages, shards = build_stages(config, dtype, device, seed, mesh, whole(config))
+    stages, shards = build_stages(config, dtype, seed, mesh, whole(config), overlap or OverlapConfig())
     return stages[0], shards
 
 

@@ -44,11 +44,21 @@ def name_schedule(pipeline: PipelineConfig) -> str:
     return pipeline.schedule + (f" of {pipeline.virtual} stages a rank" if pipeline.virtual > 1 else "")
 
 
+class TensorOverlap(StrEnum):
+    """How exchanges between tp ranks and the products beside them go together: parallel/collective_matmul.py."""
+
+    auto = "auto"  # fused where that can be, else blocks on a CPU and joined on what was not measured
+    joined = "joined"  # one after the other
+    blocks = "blocks"  # block by block, one travels while another is multiplied
+    fused = "fused"  # torch's symmetric-memory operators: CUDA with NVLink
+
+
 @dataclass(kw_only=True, slots=True)
 class OverlapConfig:
     """What is sent while something else is computed."""
 
     pairs: bool = True  # the pairs of a schedule go together, one computing while the other sends; else in turns
+    tensor: TensorOverlap = TensorOverlap.auto  # exchanges of tp and the products beside them
     pieces: int = 1  # in which tokens go to their experts, who start on the first
 
     def __post_init__(self) -> None:

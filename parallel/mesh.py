@@ -23,6 +23,8 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
 # Whose reduce-scatter takes several times as long as an exchange and a sum, and adds in an order that depends on where
 # a buffer is cut.
 SLOW_SUMS = {"gloo"}
+# Whose all-to-all serves one peer after the other, and so gets half to three quarters of what a link can carry.
+SLOW_EXCHANGES = {"gloo"}
 
 
 def connect(
@@ -59,6 +61,11 @@ def sums_itself(group: dist.ProcessGroup) -> bool:
     their backend reduces and scatters.
     """
     return dist.get_backend(group) in SLOW_SUMS
+
+
+def posts_itself(group: dist.ProcessGroup) -> bool:
+    """Whether ranks of ``group`` send each other the parts of an all-to-all one by one; else their backend does."""
+    return dist.get_backend(group) in SLOW_EXCHANGES
 
 
 def disconnect() -> None:

@@ -8,29 +8,32 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from model.attention import LatentAttention
 from model.block import Block
-from model.experts import SwiGLU
-from model.router import Router
+from model.recompute import list_repeated
+from model.sequence import WholeSequence
 from model.transformer import Transformer
+from parallel.config import OverlapConfig
 from parallel.exchange import ExpertExchange
 from parallel.loss import Part, VocabularyCrossEntropy
 from parallel.mesh import Axis, Mesh, Traffic
 from parallel.placement import Placement, Shard, cut, span
-from parallel.tensor import ShardedSequence, VocabularyLookup
+from parallel.tensor import ShardedSequence, VocabularyLookup, choose_operation
 
 
-def parallelize(model: Transformer, placements: Mapping[str, Placement], mesh: Mesh) -> dict[str, Shard]:
+def parallelize(
+    model: Transformer, placements: Mapping[str, Placement], mesh: Mesh, overlap: OverlapConfig
+) -> dict[str, Shard]:
     """Cut ``model``, whose parameters have no memory yet, to this rank's part. Returns what each parameter now is.
 
-    ``placements`` are those of the whole model, of which ``model`` may be a stage.
+    ``placements`` are those of the whole model, of which ``model`` may be a stage. Raises ValueError for an ``overlap``
+    that there is nothing for here.
     """
     shards = {
         name: cut(parameter.shape, placements[name], mesh.topology, mesh.rank)
         for name, parameter in model.named_parameters()
     }
     if mesh.degree(Axis.tp) > 1:
-        _shard_sequences(model, mesh)
+        _shard_sequences(model, mesh, overlap)
     if mesh.degree(Axis.ep) > 1:
         _exchange_tokens(model, mesh)
     for name, parameter in list(model.named_parameters()):
@@ -40,12 +43,12 @@ def parallelize(model: Transformer, placements: Mapping[str, Placement], mesh: M
     return shards
 
 
-def _shard_sequences(model: Transformer, mesh: Mesh) -> None:
+def _shard_sequences(model: Transformer, mesh: Mesh, overlap: OverlapConfig) -> None:
     group = mesh.group(Axis.tp, Traffic.tensor)
-    sequence = ShardedSequence(group)
+    sequence = ShardedSequence(group, choose_operation(overlap.tensor, mesh), list_repeated(model.config))
     for module in model.modules():
-        if isinstance(module, LatentAttention | SwiGLU | Router):
-            module.sequence = sequence
+        if isinstance(getattr(module, "sequence", None), WholeSequence):
+            module.sequence = sequence  # type: ignore[assignment]
     # Embedding and head are cut at the same rows.
     first = span(model.config.vocab_size, mesh.degree(Axis.tp), mesh.coordinate(Axis.tp)).start
     if hasattr(model, "embedding"):

@@ -14,15 +14,15 @@ Next = TypeVar("Next")
 class Pending(Generic[Result]):
     """A collective under way."""
 
-    work: dist.Work | None
+    works: tuple[dist.Work, ...]
     finish: Callable[[], Result]
 
     def wait(self) -> Result:
         """The result, once it is there. To be called once."""
-        if self.work is not None:
-            self.work.wait()
+        for work in self.works:
+            work.wait()
         return self.finish()
 
     def then(self, step: Callable[[Result], Next]) -> "Pending[Next]":
         """The same under way, with ``step`` taken once it is there."""
-        return Pending(self.work, lambda: step(self.finish()))
+        return Pending(self.works, lambda: step(self.finish()))

@@ -3,8 +3,10 @@
     shard [B, S/n, *] -- gather --> [B, S, *] -- columns of W, then rows of W' --> partial sums -- scatter --> shard
 
 The gradient of a gather is a scatter (each rank saw the whole through its own columns: a partial gradient), and that of
-a scatter is a gather (Megatron's g and g-bar, arXiv 2205.05198, section 4.2.2). What runs on shards has whole weights
-and partial gradients, which the engine sums over tp as it does over dp.
+a scatter is a gather (Megatron's g and g-bar, arXiv 2205.05198, section 4.2.2). So it is with their products: that of
+gather and W is gy W and scatter, that of W' and scatter is gather and g W'; the whole that a gather gives on the way is
+what the weight gradient reads (parallel/collective_matmul.py). What runs on shards has whole weights and partial
+gradients, which the engine sums over tp as it does over dp.
 """
 
 import torch
@@ -13,9 +15,13 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from model.embedding import look_up
-from model.recompute import COMMUNICATION
+from model.linear import Deferred, Linear, differentiate_weight
+from model.recompute import COMMUNICATION, Sizes, is_repeated
 from model.sequence import Sequence
-from parallel.collectives import all_gather, all_reduce, sum_scatter
+from parallel.collective_matmul import MATMULS, Operation, find_obstacle, gather, multiply, scatter
+from parallel.collectives import all_reduce
+from parallel.config import TensorOverlap
+from parallel.mesh import Axis, Mesh
 
 
 def _find(group: str) -> dist.ProcessGroup:
@@ -25,14 +31,8 @@ def _find(group: str) -> dist.ProcessGroup:
 
 @torch.library.custom_op(f"{COMMUNICATION}::gather", mutates_args=())
 def _gather(shards: list[Tensor], group: str) -> list[Tensor]:
-    """Each [B, s, *] -> [B, n s, *], in one all-gather."""
-    sizes = [shard.numel() for shard in shards]
-    joined = shards[0].flatten() if len(shards) == 1 else torch.cat([shard.flatten() for shard in shards])
-    parts = all_gather(joined, _find(group)).wait().split(sizes, dim=1)  # [n, B s *] each
-    wholes = [
-        part.unflatten(1, shard.shape).transpose(0, 1).flatten(1, 2) for part, shard in zip(parts, shards, strict=True)
-    ]
-    return [whole.contiguous() for whole in wholes]
+    """Each [B, s, *] -> [B, n s, *]."""
+    return gather(shards, _find(group))
 
 
 @_gather.register_fake
@@ -43,18 +43,58 @@ def _(shards: list[Tensor], group: str) -> list[Tensor]:
 
 @torch.library.custom_op(f"{COMMUNICATION}::scatter", mutates_args=())
 def _scatter(partials: list[Tensor], group: str) -> list[Tensor]:
-    """Each [B, n s, *] -> the sum over ranks of [B, s, *], in one reduce-scatter."""
-    ranks = _find(group)
-    parts = [whole.unflatten(1, (ranks.size(), -1)).transpose(0, 1) for whole in partials]  # [n, B, s, *] each
-    summed = sum_scatter(torch.cat([part.flatten(1) for part in parts], dim=1), ranks).wait()
-    shards = summed.split([part[0].numel() for part in parts])
-    return [shard.view(part.shape[1:]).clone() for shard, part in zip(shards, parts, strict=True)]
+    """Each [B, n s, *] -> the sum over ranks of [B, s, *]."""
+    return scatter(partials, _find(group))
 
 
 @_scatter.register_fake
 def _(partials: list[Tensor], group: str) -> list[Tensor]:
     n = _find(group).size()
     return [whole.new_empty(whole.shape[0], whole.shape[1] // n, *whole.shape[2:]) for whole in partials]
+
+
+@torch.library.custom_op(f"{COMMUNICATION}::gather_multiply", mutates_args=())
+def _gather_multiply(shards: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
+    """Each [B, s, *] -> [B, n s, *]; then the products of the first ones by ``weights`` [I, O]."""
+    return MATMULS[Operation(how)].gather(shards, weights, _find(group))
+
+
+@_gather_multiply.register_fake
+def _(shards: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
+    n = _find(group).size()
+    wholes = [shard.new_empty(shard.shape[0], n * shard.shape[1], *shard.shape[2:]) for shard in shards]
+    return wholes + [w.new_empty(*x.shape[:-1], w.shape[1]) for x, w in zip(wholes, weights, strict=False)]
+
+
+@torch.library.custom_op(f"{COMMUNICATION}::gather_and_fill", mutates_args=("products", "filled"))
+def _gather_and_fill(
+    shards: list[Tensor], weights: list[Tensor], products: list[Tensor], filled: Tensor, group: str, how: str
+) -> list[Tensor]:
+    """``_gather_multiply`` into ``products``, so that the wholes alone are what it gives, and what is kept of it."""
+    wholes = MATMULS[Operation(how)].gather(shards, weights, _find(group), into=products)[: len(shards)]
+    filled.fill_(True)
+    return wholes
+
+
+@torch.library.custom_op("shoestring::fill", mutates_args=("products",))
+def _fill(wholes: list[Tensor], weights: list[Tensor], products: list[Tensor], filled: Tensor) -> None:
+    """The products, unless they are ``filled``: where a backward computes them again, the gather does not run again."""
+    if not filled:
+        for whole, weight, product in zip(wholes, weights, products, strict=False):
+            multiply(whole.flatten(0, -2), weight, product.view(-1, weight.shape[1]))
+
+
+@torch.library.custom_op(f"{COMMUNICATION}::multiply_scatter", mutates_args=())
+def _multiply_scatter(wholes: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
+    """Each of the products of the first ``wholes`` by ``weights`` [I, O], and of the others, as ``_scatter``."""
+    return MATMULS[Operation(how)].scatter(wholes, weights, _find(group))
+
+
+@_multiply_scatter.register_fake
+def _(wholes: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
+    n = _find(group).size()
+    ends = [weight.shape[1:] for weight in weights] + [whole.shape[2:] for whole in wholes[len(weights) :]]
+    return [x.new_empty(x.shape[0], x.shape[1] // n, *end) for x, end in zip(wholes, ends, strict=True)]
 
 
 @torch.library.custom_op(f"{COMMUNICATION}::total", mutates_args=())
@@ -93,17 +133,117 @@ class Scatter(torch.autograd.Function):
         return None, _gather([g], ctx.group)[0]
 
 
-class ShardedSequence:
-    """Every sequence is cut into one shard a rank of ``group``: see ``model.sequence.Sequence``."""
+class GatherLinear(torch.autograd.Function):
+    """``count`` shards to wholes, of which the first go through a weight each: those products, then the other wholes.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.degree, self.place, self._name = group.size(), group.rank(), group.group_name
+    Where a backward computes again what its forward did, products are ``kept`` with the wholes, or made from them anew.
+    """
+
+    @staticmethod
+    def forward(ctx, group: str, how: str, kept: bool, deferred: Deferred, count: int, *tensors: Tensor):  # type: ignore[no-untyped-def]
+        shards, weights = list(tensors[:count]), tensors[count:]
+        matrices = [weight.flatten(0, -2).t() for weight in weights]
+        if kept:
+            both = _gather_multiply(shards, matrices, group, how)
+            wholes, products = both[:count], both[count:]
+        elif how == Operation.joined or torch.compiler.is_compiling():
+            wholes = _gather(shards, group)
+            products = [whole @ matrix for whole, matrix in zip(wholes, matrices, strict=False)]
+        else:
+            length = shards[0].shape[1] * _find(group).size()
+            products = [
+                shard.new_empty(shard.shape[0], length, matrix.shape[1])
+                for shard, matrix in zip(shards, matrices, strict=False)
+            ]
+            filled = torch.zeros((), dtype=torch.bool)
+            wholes = _gather_and_fill(shards, matrices, products, filled, group, how)
+            _fill(wholes, matrices, products, filled)
+        ctx.save_for_backward(*wholes[: len(weights)], *weights)
+        ctx.group, ctx.how, ctx.deferred = group, how, deferred
+        # The parameters themselves: see model/linear.py.
+        ctx.parameters = [None if deferred is None else weight for weight in weights]
+        return *products, *wholes[len(weights) :]
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):  # type: ignore[no-untyped-def]
+        saved, n = ctx.saved_tensors, len(ctx.parameters)
+        wholes, weights = saved[:n], saved[n:]
+        shards = _multiply_scatter(list(gradients), [weight.flatten(0, -2) for weight in weights], ctx.group, ctx.how)
+        learned = [
+            differentiate_weight(g, x, weight, ctx.deferred, parameter) if needed else None
+            for g, x, weight, parameter, needed in zip(
+                gradients[:n], wholes, weights, ctx.parameters, ctx.needs_input_grad[-n:], strict=True
+            )
+        ]
+        return None, None, None, None, None, *shards, *learned
+
+
+class LinearScatter(torch.autograd.Function):
+    """Wholes through a weight, to shards of the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx, group: str, how: str, deferred: Deferred, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.how, ctx.deferred = group, how, deferred
+        ctx.parameter = None if deferred is None else weight
+        return _multiply_scatter([x], [weight.flatten(0, -2).t()], group, how)[0]
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        whole, gx = _gather_multiply([g], [weight.flatten(0, -2)], ctx.group, ctx.how)
+        needed = ctx.needs_input_grad[-1]
+        gw = differentiate_weight(whole, x, weight, ctx.deferred, ctx.parameter) if needed else None
+        return None, None, None, gx, gw
+
+
+# By type of device, where the fused operators have nothing to run on: what was measured to cost nothing.
+AUTO = {"cpu": Operation.blocks}
+
+
+def choose_operation(wanted: TensorOverlap, mesh: Mesh) -> Operation:
+    """How this run's exchanges and products go together; the same on every rank of a machine.
+
+    Raises ValueError where ``parallel.overlap.tensor=fused`` has nothing to run on.
+    """
+    if wanted in (TensorOverlap.auto, TensorOverlap.fused):
+        obstacle = find_obstacle(mesh.device, mesh.degree(Axis.tp), mesh.ranks_per_node)
+        if not obstacle:
+            return Operation.fused
+        if wanted is TensorOverlap.auto:
+            return AUTO.get(mesh.device.type, Operation.joined)
+        raise ValueError(f"parallel.overlap.tensor=fused must be auto, joined or blocks here: {obstacle}")
+    return Operation(wanted)
+
+
+class ShardedSequence:
+    """Every sequence is cut into one shard a rank of ``group``: see ``model.sequence.Sequence``.
+
+    ``how``: as in parallel/collective_matmul.py. ``repeated``: sizes of products that a backward computes again, as
+    ``model.recompute.list_repeated`` gives them.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, how: Operation = Operation.joined, repeated: Sizes | None = ()
+    ) -> None:
+        self.degree, self.place, self.how, self._name = group.size(), group.rank(), how, group.group_name
+        self._repeated = None if how is Operation.joined else repeated
 
     def gather(self, *shards: Tensor) -> tuple[Tensor, ...]:
         return tuple(Gather.apply(self._name, *shards))
 
     def scatter(self, partial: Tensor) -> Tensor:
         return Scatter.apply(self._name, partial)
+
+    def gather_linear(
+        self, shards: tuple[Tensor, ...], linears: tuple[Linear, ...], deferred: Deferred
+    ) -> tuple[Tensor, ...]:
+        weights = [linear.weight for linear in linears]
+        kept = not any(is_repeated((w.shape[-1], w.shape[:-1].numel()), self._repeated) for w in weights)
+        return tuple(GatherLinear.apply(self._name, self.how, kept, deferred, len(shards), *shards, *weights))
+
+    def linear_scatter(self, x: Tensor, linear: Linear, deferred: Deferred) -> Tensor:
+        return LinearScatter.apply(self._name, self.how, deferred, x, linear.weight)
 
     def total(self, counts: Tensor) -> Tensor:
         return _total(counts, self._name)

@@ -1,12 +1,13 @@
 """What data parallelism is to the rest of training: who sums gradients, who updates weights, who keeps which state.
 
     begin -> (forward -> backward) for every micro-batch of every stage -> finished, once a stage -> step
+    finishing, before the last backward of a stage                         settle, before anybody else reads weights
 
 An engine takes the parameters of the stages that this rank holds. Gradients are sums over all ranks that hold a
 parameter, never averages: every loss comes divided by a denominator of the whole global batch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -45,6 +46,10 @@ class Share(NamedTuple, Generic[T]):
     crosses: bool
     of: T
 
+    def is_shared(self) -> bool:
+        """Whether there are more stages than one, here or elsewhere."""
+        return self.crosses or len(self.users) > 1
+
 
 def name_parameters(stages: Mapping[int, nn.Module]) -> tuple[dict[str, nn.Parameter], dict[str, tuple[int, ...]]]:
     """Every parameter by its name, and the stages that have it."""
@@ -75,11 +80,25 @@ class Engine(Protocol):
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Adds ``grad`` (the parameter's shape, any float dtype): for gradients that no backward computes."""
 
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """The step's last backward of ``stage`` begins: sums may start inside of it. Nothing depends on this call.
+
+        ``coming``: that backward was before, and what is left is what it has put off, a gradient for each of these
+        parameters in any order, one that is listed twice gets two.
+        """
+
     def finished(self, stage: int) -> None:
         """The step's last gradient of ``stage`` is there: its sum over the parameter's holders may start."""
 
     def step(self, lr: float, finite: bool = True) -> Update:
         """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite."""
+
+    def settle(self) -> None:
+        """Waits for all that is under way, new weights above all, which ``step`` may have left so.
+
+        Modules' own calls wait for theirs by themselves; whoever reads parameters otherwise calls this first, and so
+        does who is about to leave.
+        """
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""

@@ -132,6 +132,9 @@ class Fsdp2:
         """Not to be had here: see the head of this file."""
         raise AssertionError("weight gradients that are put off are for the native engine")
 
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """Nothing: what starts inside of a backward, the library starts."""
+
     @torch.no_grad()
     def finished(self, stage: int) -> None:
         """Sums over tp what every tp rank has whole, and over pipeline ranks what several of them hold."""
@@ -154,6 +157,9 @@ class Fsdp2:
             master, grad, m, v = (tensor.view(-1) for tensor in (_local(o.parameter), _local_grad(o), o.m, o.v))
             update(Part(master, grad, m, v, None, o.decay), self.config, self._steps, lr, factor)
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""

@@ -1,13 +1,18 @@
 """Data parallelism of our own: ZeRO-1 (arXiv 1910.02054) over each parameter's holders; one process is its least case.
 
-    backward    every rank adds its gradients up in full
-    finished    each bucket's sum over the holders, every piece on the rank that owns it
+    backward    every rank adds its gradients up in full; in the last one of a stage, each bucket's sum over the holders
+                starts behind its last gradient, every piece to the rank that owns it
+    finished    the sums that are left
     step        norm over all owned pieces of all ranks --> clip --> AdamW on the own pieces
-                --> the new weights to all holders, in the parameters' dtype
+    forward     the new weights to all holders, in the parameters' dtype, each bucket before it is read
 
 Which ranks hold the same part of a parameter follows from its placement: experts have fewer holders than norms, and a
-stage's ranks are the most. Parameters of the same holders, dtype and decay share a slab (training/slab.py); a slab's
-buckets are a pure function of the configuration.
+stage's ranks are the most. Parameters of the same holders, dtype and decay share a slab (training/slab.py), last ones
+first, so that a backward fills its buckets one after the other. Buckets are a pure function of the configuration, and
+so is their order: sums run from the model's end to its beginning, copies the other way. When a bucket starts is counted
+(training/countdown.py); the bits do not depend on it.
+
+Between ``step`` and the forwards that follow, weights are on their way: whoever reads them otherwise calls ``settle``.
 
 Bytes of a rank for P elements held of which Q = P / holders are owned, c = bytes of a parameter, 2 in bfloat16:
 
@@ -18,7 +23,6 @@ and, while gradients travel, two buckets (``optimizer.bucket_bytes`` each).
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +31,11 @@ from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
 from training.chunk import fill
-from training.config import MomentDtype, OptimizerConfig
-from training.engine import (
-    Hidden,
-    Share,
-    State,
-    Unrolling,
-    Update,
-    Waiting,
-    differentiate,
-    name_parameters,
-    unroll_stage,
-)  # fmt: skip
-from training.optimizer import match, sum_squares, update
-from training.slab import Entry, Slab, complete
+from training.config import OptimizerConfig
+from training.engine import Hidden, State, Unrolling, Update, differentiate, unroll_stage
+from training.optimizer import sum_squares, update
+from training.share import share_slabs
+from training.transit import Copies, Sums, Travel
 
 
 class Native:
@@ -56,39 +51,20 @@ class Native:
         """
         self.config, self._mesh, self._stages = config, mesh, stages
         self._steps = 0  # updates applied, the t of the bias correction
-        named, users = name_parameters(stages)
-        undecayed = match(config.no_decay, named)
-        alike: dict[tuple[object, ...], list[Entry]] = {}
-        for name, parameter in named.items():
-            shard = shards[name]
-            key = users[name], name in undecayed, shard.placement.holders, shard.across, parameter.dtype
-            alike.setdefault(key, []).append(Entry(name, parameter, shard))
-        self._slabs: list[Share[Slab]] = []  # and the stages that they belong to
-        self._places: dict[nn.Parameter, tuple[Slab, int]] = {}
-        for (_, kept, *_), entries in alike.items():
-            slab = Slab(
-                entries,
-                mesh,
-                0.0 if kept else config.weight_decay,
-                config.moments is MomentDtype.bf16,
-                config.bucket_bytes,
-            )
-            self._slabs.append(Share(users[entries[0].name], slab.crosses, slab))
-            self._places |= {entry.parameter: (slab, place) for place, entry in enumerate(entries)}
-        self._waiting = Waiting(stages)
-        self._under_way: list[Future[None]] = []
-        # On a CPU sums are waited for beside the pipeline, in a thread of their own, one after the other. Devices have
-        # streams, and nobody waits for them here.
-        alone = len(stages) == 1 or mesh.device.type != "cpu"
-        self._beside = None if alone else ThreadPoolExecutor(1, "gradients")
-        for parameter in self._places:
+        shares = share_slabs(stages, shards, mesh, config)
+        buckets = [share.of for share in shares]
+        self._slabs = list(dict.fromkeys(bucket.slab for bucket in buckets))
+        self._slab_of = {parameter: bucket.slab for bucket in buckets for parameter in bucket.parameters}
+        self._sums = Sums(shares, stages, mesh.device)
+        self._copies = Copies(buckets, stages, mesh.device)
+        for parameter in self._slab_of:
             parameter.register_post_accumulate_grad_hook(self._take)
 
     def begin(self) -> None:
         """Forgets the gradients: those of the next step start here."""
-        for slab in self._all():
+        self._sums.begin()
+        for slab in self._slabs:
             slab.begin()
-        self._waiting.begin()
 
     def forward(self, stage: int, *args: object) -> object:
         """Calls the module of ``stage``."""
@@ -107,40 +83,49 @@ class Native:
 
         The only way in: autograd's hook calls it, and so does whoever runs deferred weight gradients.
         """
-        slab, place = self._places[parameter]
-        slab.accumulate(place, grad)
+        self._slab_of[parameter].accumulate(parameter, grad)
+        self._sums.take(parameter)
+
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """The stage's last backward of the step begins: its sums start from now on, each behind its last gradient."""
+        self._sums.open(stage, coming)
 
     def finished(self, stage: int) -> None:
-        """Starts to sum the gradients of ``stage`` over their holders. Collective over the stage's ranks."""
-        ready = self._waiting.finish(stage, self._slabs)
-        if self._waiting and self._beside is not None:
-            self._under_way.append(self._beside.submit(_sum, ready))
-        else:
-            self._complete()
-            _sum(ready)
+        """Starts the sums of ``stage`` that have not started. Collective over the stage's ranks."""
+        self._sums.close(stage)
 
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
         """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite.
 
-        Collective over all ranks.
+        Collective over all ranks. New weights are on their way when it returns: see ``settle``.
         """
-        assert not self._waiting, "stages have not finished"
-        assert not self._under_way
+        assert not self._sums.waiting, "stages have not finished"
+        self.settle()
         norm = self._measure_norm()
         if not (finite and math.isfinite(norm)):
             return Update(norm, 1.0, False)
         factor = self.config.clip / norm if 0 < self.config.clip < norm else 1.0
         self._steps += 1
-        for slab in self._all():
+        for slab in self._slabs:
             for part in slab.parts:
                 update(part, self.config, self._steps, lr, factor)
-        self._publish()
+        self._copies.launch()
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Waits for all that is under way: for whoever reads parameters without a forward, and whoever leaves."""
+        self._sums.settle()
+        self._copies.settle()
+
+    def record(self, travels: list[Travel] | None) -> None:
+        """From now on ``travels`` gets when each bucket was under way, until it is told None."""
+        self._sums.journal.travels = self._copies.journal.travels = travels
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""
-        return State(self._steps, [chunk for slab in self._all() for chunk in slab.chunks()])
+        self.settle()  # a master may be a weight, and what others are being sent must stay as it is
+        return State(self._steps, [chunk for slab in self._slabs for chunk in slab.chunks()])
 
     @torch.no_grad()
     def load(self, state: State) -> None:
@@ -151,29 +136,19 @@ class Native:
         if wrong := fill(self.state().chunks, state.chunks):
             raise ValueError(f"optimizer state does not fit the model: {', '.join(wrong[:5])}")
         self._steps = state.steps
-        for slab in self._all():
+        for slab in self._slabs:
             slab.cast()
-        self._publish()
+        self._copies.launch()
+        self.settle()
 
     def count_bytes(self) -> int:
         """Bytes of all buffers on this rank."""
-        return sum(slab.count_bytes() for slab in self._all())
-
-    def _all(self) -> list[Slab]:
-        return [slab for _, _, slab in self._slabs]
-
-    def _complete(self) -> None:
-        for sums in self._under_way:
-            sums.result()
-        self._under_way.clear()
+        return sum(slab.count_bytes() for slab in self._slabs)
 
     def _measure_norm(self) -> float:
         """Over all ranks; owned pieces are disjoint, so every element counts once."""
-        squares = sum_squares([part.grad for slab in self._all() for part in slab.parts], self._mesh.device)
+        squares = sum_squares([part.grad for slab in self._slabs for part in slab.parts], self._mesh.device)
         return sum_over(squares, self._mesh).sqrt().item()
-
-    def _publish(self) -> None:
-        complete(launched for slab in self._all() for launched in slab.publish())
 
     def _take(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -181,8 +156,3 @@ class Native:
             return
         self.accumulate(parameter, parameter.grad)
         parameter.grad = None
-
-
-@torch.no_grad()
-def _sum(slabs: Sequence[Slab]) -> None:
-    complete(launched for slab in slabs for launched in slab.reduce())

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from configs.schema import TrainConfig
 from parallel.build import Shards, Stages
-from parallel.exchange import cut_tokens
 from parallel.mesh import Mesh
 from training.engines import Engine, hand_over
 from training.machine import Machine, prepare_machine
@@ -52,7 +51,6 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
     runner = make_runner(config, mesh, machine.compiled)
     mesh.share(runner.pipeline.shared(config.model))
     stages, shards = build_parts(config, mesh, runner.pipeline)
-    cut_tokens(stages.values(), config.parallel.overlap.pieces)
     engine = hand_over(stages, shards, mesh, config)
     if machine.compiled:
         from model.compile import compile_segments

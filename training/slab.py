@@ -8,10 +8,13 @@
 Weights and gradients are there in full. Of masters and moments a rank has its own piece of every bucket
 (training/pieces.py), one holder among n about 1/n of them. Where weights have the masters' dtype, a master *is* a piece
 of the weights.
+
+Buckets travel one by one, and whoever has the slab says when: a bucket that has started takes no more gradients.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from parallel.reduce import Finish, gather_pieces, reduce_pieces
+from training.beside import Start
 from training.chunk import Chunk
 from training.optimizer import Part
 from training.pieces import Slot, align, cut_rows, fill_buckets, find_rectangles, lay_out
@@ -33,12 +37,34 @@ class Entry(NamedTuple):
     shard: Shard
 
 
+class Bucket(NamedTuple):
+    """Parameters of a slab that travel together."""
+
+    slab: "Slab"
+    number: int  # in the slab
+    first: int  # of its parameters, the one that comes first in the model: its place there
+    parameters: tuple[nn.Parameter, ...]
+
+    def is_started(self) -> bool:
+        """Whether the sum of its gradients has started in this step."""
+        return self.slab.is_started(self.number)
+
+    def close(self) -> Start:
+        """See ``Slab.close``."""
+        return self.slab.close(self.number)
+
+    def publish(self) -> Finish:
+        """See ``Slab.publish``."""
+        return self.slab.publish(self.number)
+
+
 class Slab:
     """Their weights, gradients and state on this rank."""
 
     def __init__(self, entries: Sequence[Entry], mesh: Mesh, decay: float, narrow: bool, bucket_bytes: int) -> None:
         """``narrow`` keeps moments in bfloat16. The parameters' storage moves into the slab."""
         self._entries, self._group, self._decay = entries, mesh.holders(entries[0].shard), decay
+        self._places = {entry.parameter: place for place, entry in enumerate(entries)}
         self.crosses = bool(entries[0].shard.across)  # whether other pipeline ranks hold it too
         self._slots = lay_out([entry.parameter.shape for entry in entries])
         dtype, device = entries[0].parameter.dtype, entries[0].parameter.device
@@ -46,10 +72,12 @@ class Slab:
         size = align(self._slots[-1].stop)
         self._weights = torch.zeros(size, dtype=dtype, device=device)
         self._grads = torch.zeros(size, dtype=master, device=device)
-        degree, place = self._group.size(), self._group.rank()
+        self.degree, place = self._group.size(), self._group.rank()
         # A single holder has nothing to send: everything is one bucket.
-        limit = bucket_bytes // self._grads.itemsize if degree > 1 else size
-        self._buckets = [cut_rows(bucket, degree) for bucket in fill_buckets(self._slots, limit)]
+        limit = bucket_bytes // self._grads.itemsize if self.degree > 1 else size
+        filled = fill_buckets(self._slots, limit)
+        self._buckets = [cut_rows(bucket, self.degree) for bucket in filled]
+        self._bucket_of = [number for number, bucket in enumerate(filled) for _ in bucket]
         self._own = [bucket[place] for bucket in self._buckets]
         owned = sum(map(len, self._own))
         self._wide = dtype == master
@@ -58,15 +86,27 @@ class Slab:
         m, v = (torch.zeros(owned, dtype=moment, device=device) for _ in range(2))
         self.parts = list(self._cut_parts(masters, m, v))
         self._touched: set[int] = set()  # parameters with a gradient in this step
+        self._started: set[int] = set()  # buckets whose sums have started in this step
         self._take_over()
+
+    def buckets(self, order: Mapping[str, int]) -> Iterator[Bucket]:
+        """Its buckets; ``order`` has every parameter's place in the model."""
+        for number in range(len(self._buckets)):
+            members = [self._entries[place] for place in self._members(number)]
+            first = min(order[entry.name] for entry in members)
+            yield Bucket(self, number, first, tuple(entry.parameter for entry in members))
 
     def begin(self) -> None:
         """Forgets the gradients."""
         self._touched.clear()
+        self._started.clear()
 
     @torch.no_grad()
-    def accumulate(self, place: int, grad: Tensor) -> None:
-        """Adds to the gradient of parameter number ``place``."""
+    def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Adds to the gradient of ``parameter``. Raises RuntimeError if the sum over its holders has started."""
+        place = self._places[parameter]
+        if self._bucket_of[place] in self._started:
+            raise RuntimeError(f"{self._entries[place].name} got a gradient after the sum over its holders had started")
         total = _view(self._grads, self._slots[place], grad)
         if place in self._touched:
             total.add_(grad)
@@ -74,17 +114,25 @@ class Slab:
             total.copy_(grad)
             self._touched.add(place)
 
-    def reduce(self) -> Iterator[Finish]:
-        """Launches the sum of each bucket's gradients over the holders, each into its owner's piece."""
-        for place, slot in enumerate(self._slots):
+    def is_started(self, bucket: int) -> bool:
+        """Whether the sum of a bucket has started in this step."""
+        return bucket in self._started
+
+    @torch.no_grad()
+    def close(self, bucket: int) -> Start:
+        """A bucket's gradients are complete, for there will be no other. Returns what launches their sum over the
+        holders, into its owner's piece: in this thread or in another.
+        """
+        self._started.add(bucket)
+        for place in self._members(bucket):
             if place not in self._touched:
                 # Other holders may have a gradient.
-                self._grads[slot.start : slot.stop].zero_()
-        return (reduce_pieces(self._grads, bucket, self._group) for bucket in self._buckets)
+                self._grads[self._slots[place].start : self._slots[place].stop].zero_()
+        return lambda: reduce_pieces(self._grads, self._buckets[bucket], self._group)
 
-    def publish(self) -> Iterator[Finish]:
-        """Launches the copy of each bucket's weights to all holders."""
-        return (gather_pieces(self._weights, bucket, self._group) for bucket in self._buckets)
+    def publish(self, bucket: int) -> Finish:
+        """Launches the copy of a bucket's weights to all holders."""
+        return gather_pieces(self._weights, self._buckets[bucket], self._group)
 
     def count_bytes(self) -> int:
         """Bytes of all its buffers."""
@@ -106,6 +154,10 @@ class Slab:
                     yield from self._cut_chunks(
                         entry, slot, here, part.cut(here.start - own.start, here.stop - own.start)
                     )
+
+    def _members(self, bucket: int) -> range:
+        """The numbers of its parameters."""
+        return range(bisect_left(self._bucket_of, bucket), bisect_right(self._bucket_of, bucket))
 
     def _cut_chunks(self, entry: Entry, slot: Slot, here: range, part: Part) -> Iterator[Chunk]:
         """``part`` are the elements ``here`` of the slab, all of one parameter."""
@@ -143,14 +195,3 @@ class Slab:
 
 def _view(buffer: Tensor, slot: Slot, like: Tensor) -> Tensor:
     return buffer[slot.start : slot.stop].view(like.shape)
-
-
-def complete(launched: Iterable[Finish]) -> None:
-    """Completes collectives in order while the next one is on its way: never more than two at once."""
-    before: Finish | None = None
-    for finish in launched:
-        if before is not None:
-            before()
-        before = finish
-    if before is not None:
-        before()

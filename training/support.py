@@ -4,9 +4,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from model.config import Recompute
-from parallel.config import EngineName, ParallelConfig
+from parallel.config import EngineName, ParallelConfig, TensorOverlap
 from parallel.pipeline.schedules import check as check_schedule
-from training.config import Compile, MomentDtype, OptimizerConfig, Precision, RunSection
+from training.config import Compile, Device, MomentDtype, OptimizerConfig, Precision, RunSection
 from training.ramp import count_microbatches, schedule_batches
 
 DEEPSPEED = (EngineName.zero1, EngineName.zero2, EngineName.zero3)
@@ -55,6 +55,15 @@ def try_batches(run: RunSection, sequence_length: int, replicas: int, take: Call
         except ValueError as error:
             where = f"; so in step {level.step}, whose batch is {level.batch} by run.ramp" if len(levels) > 1 else ""
             raise ValueError(f"{error}{where}") from None
+
+
+def check_overlap(parallel: ParallelConfig, device: Device) -> None:
+    """Raises ValueError for overlap that ``device`` has nothing for. What else is missing shows where ranks start."""
+    if parallel.tp > 1 and parallel.overlap.tensor is TensorOverlap.fused and device is Device.cpu:
+        raise ValueError(
+            "parallel.overlap.tensor=fused must be auto, joined or blocks with run.device=cpu: torch's fused operators "
+            "are for NVIDIA devices joined by NVLink"
+        )
 
 
 def check_compile(choice: Compile, schedule: str, splits: bool) -> None:

@@ -9,6 +9,7 @@ from model.build import allocate
 from model.config import ModelConfig
 from model.count import count
 from parallel.build import Shards, Stages, allocate_stages, build_stages
+from parallel.exchange import cut_tokens
 from parallel.mesh import Mesh
 from parallel.pipeline.stages import Pipeline
 from training.determinism import DTYPES
@@ -17,12 +18,18 @@ from training.gather import name_tensors
 
 def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
     """This rank's part of the model with its first weights, drawn from ``run.seed`` or read from ``init_from``."""
-    dtype = DTYPES[config.precision]
+    stages, shards = _fill_parts(config, mesh, pipeline)
+    cut_tokens(stages.values(), config.parallel.overlap.pieces)
+    return stages, shards
+
+
+def _fill_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
+    dtype, overlap = DTYPES[config.precision], config.parallel.overlap
     if config.init_from is None:
-        return build_stages(config.model, dtype, mesh.device, config.run.seed, mesh, pipeline)
+        return build_stages(config.model, dtype, config.run.seed, mesh, pipeline, overlap)
     from model.huggingface import load as load_published
 
-    stages, shards = allocate_stages(config.model, dtype, mesh.device, mesh, pipeline)
+    stages, shards = allocate_stages(config.model, dtype, mesh, pipeline, overlap)
     if is_whole(stages, shards):
         load_published(stages[0], Path(config.init_from))
         return stages, shards

@@ -16,6 +16,7 @@ def save_weights(setup: Setup, folder: Path) -> None:
 
     Rank 0 writes; collective over all ranks.
     """
+    setup.engine.settle()
     plain = outline(setup.config.model, DTYPES[setup.config.precision])
     tensors = gather_whole(setup.stages, setup.shards, setup.runner.pipeline, plain, setup.mesh)
     if setup.mesh.rank == 0:

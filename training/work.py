@@ -41,6 +41,9 @@ class Differentiator(Protocol):
     def accumulate(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """See ``Engine``."""
 
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """See ``Engine``."""
+
     def finished(self, stage: int) -> None:
         """See ``Engine``."""
 
@@ -101,18 +104,12 @@ class Training(Work):
     ) -> None:
         self._engine, self._batches, self._denominators, self._shapes = engine, batches, denominators, shapes
         pairs = [step for step in steps if isinstance(step, Overlap)] if mode.overlap else []
+        actions = [action for step in steps if not isinstance(step, Exchange) for action in parts(step)]
         self._unrolls = bool(pairs)
         self._fills = {pair.backward[1:] for pair in pairs if pair.backward.op is Op.B} if mode.fill else set()
-        self._split = (
-            self._fills
-            | {  # whose weight gradients are put off
-                action[1:]
-                for step in steps
-                if not isinstance(step, Exchange)
-                for action in parts(step)
-                if action.op is Op.I
-            }
-        )
+        # Whose weight gradients are put off.
+        self._split = self._fills | {action[1:] for action in actions if action.op is Op.I}
+        self._last = {action.stage: action for action in actions if action.op in (Op.B, Op.W)}
         self._pending: dict[tuple[int, int], Pending] = {}
         self.sums: Sums | None = None
 
@@ -133,6 +130,8 @@ class Training(Work):
         x, losses, deferred, _ = self._pending.pop((stage, microbatch))
         assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
         hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
+        if self._last[stage] == (Op.B, stage, microbatch):
+            self._engine.finishing(stage)
         self._engine.backward(stage, losses.total, hidden)
         self._put_off(stage, microbatch, losses, deferred)
         return None if x is None else x.grad
@@ -147,9 +146,11 @@ class Training(Work):
         deferred, weights = self._pending[behind].deferred if fills else None, backward._replace(op=Op.W)
 
         def fill() -> None:
+            # Half of what there is: some for the other program's wait, which comes before there is more.
             if deferred:
                 with mark(str(weights)):
-                    self._accumulate(deferred.pop(0))
+                    for _ in range(-(-len(deferred) // 2)):
+                        self._accumulate(deferred.pop(0))
 
         programs = (name(self._rewind(*behind, gradient), backward), name(self._unroll(*forward[1:], x), forward))
         back, made = interleave(programs, fill)
@@ -163,6 +164,8 @@ class Training(Work):
         """See ``Work``."""
         deferred = self._pending.pop((stage, microbatch)).deferred
         assert deferred is not None
+        if self._last[stage] == (Op.W, stage, microbatch):
+            self._engine.finishing(stage, [weight for weight, _ in deferred])
         while deferred:
             self._accumulate(deferred.pop(0))
 
@@ -188,6 +191,8 @@ class Training(Work):
         """The backward as a program."""
         _, losses, deferred, tape = self._pending.pop((stage, microbatch))
         assert tape is not None
+        if self._last[stage] == (Op.B, stage, microbatch):
+            self._engine.finishing(stage)
         self._put_off(stage, microbatch, losses, deferred)
         roots = [losses.total] if gradient is None else [losses.total, gradient]
         # A stage without a loss of its own, and none before it to ask for, has fewer.

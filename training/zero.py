@@ -29,7 +29,7 @@ the 4 Q while a backward runs if they are bfloat16.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,9 @@ class DeepSpeed:
         """Not to be had here: see the head of this file."""
         raise AssertionError("weight gradients that are put off are for the native engine")
 
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """Nothing: what starts inside of a backward, the library starts."""
+
     @torch.no_grad()
     def finished(self, stage: int) -> None:
         """Stage 1 sums the gradients over the holders. Collective over the stage's ranks."""
@@ -128,6 +131,9 @@ class DeepSpeed:
         for partition in self._all():
             partition.step(lr)
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""

@@ -21,7 +21,7 @@ backward a bucket of whole gradients (``optimizer.bucket_bytes``, or all if fewe
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,9 @@ class Zero3:
         """Not to be had here: DeepSpeed's hooks see what a backward computes."""
         raise AssertionError("weight gradients that are put off are for the native engine")
 
+    def finishing(self, stage: int, coming: Sequence[Tensor] | None = None) -> None:
+        """Nothing: what starts inside of a backward, the library starts."""
+
     @torch.no_grad()
     def finished(self, stage: int) -> None:
         """Means become sums."""
@@ -108,6 +111,9 @@ class Zero3:
         self._zero.set_lr(lr)
         self._zero.step()
         return Update(norm, factor, True)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""

@@ -59,7 +59,7 @@ class Streams:
             _hold(result, here)
             return result
 
-        return Pending(None, land)
+        return Pending((), land)
 
 
 def choose_lanes(device: torch.device) -> Lanes:

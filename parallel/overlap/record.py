@@ -11,7 +11,7 @@ a lane of its own, one for each collective: it ends when somebody waits for its 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,19 @@ Clock = dict[str, int]  # lane -> how much of it has been waited for
 WRITTEN = {"alltoall_base_": (0,), "recv_": (0,), "send": ()}
 
 
+class Mark(NamedTuple):
+    """Bytes of a storage that a lane has read or written, and when."""
+
+    start: int
+    stop: int
+    lane: str
+    time: int
+
+    def meets(self, other: "Mark") -> bool:
+        """Whether both have a byte."""
+        return self.start < other.stop and other.start < self.stop
+
+
 class Recorder(TorchDispatchMode):
     """Sees every operation while it is entered, and is the lanes that run them: a ``parallel.overlap.lanes.Lanes``."""
 
@@ -36,8 +49,8 @@ class Recorder(TorchDispatchMode):
         self.crossings = 0  # reads of what another lane has written
         self._lane = COMPUTE
         self._clocks: dict[str, Clock] = {COMPUTE: {COMPUTE: 0}, COMM: {COMM: 0}}
-        self._written: dict[int, tuple[str, int]] = {}  # storage -> who wrote it last, and when
-        self._read: dict[int, Clock] = {}  # storage -> who has read it since, and when
+        self._written: dict[int, list[Mark]] = {}  # of each storage: who wrote what last
+        self._read: dict[int, list[Mark]] = {}  # and who has read it since
         self._kept: list[torch.UntypedStorage] = []  # lest one be taken for another
         self._wires: list[str] = []
 
@@ -51,15 +64,15 @@ class Recorder(TorchDispatchMode):
 
         def land() -> T:
             with self._on(COMM):
-                if pending.work is not None:
-                    pending.work.wait()
+                for work in pending.works:
+                    work.wait()
                 for wire in wires:
                     self._wait(COMM, wire)
                 result = pending.finish()
             self._wait(COMPUTE, COMM)
             return result
 
-        return Pending(None, land)
+        return Pending((), land)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -95,25 +108,39 @@ class Recorder(TorchDispatchMode):
             mine[each] = max(mine.get(each, 0), time)
 
     def _note_read(self, lane: str, tensor: Tensor, name: str) -> None:
-        storage = _storage(tensor)
-        writer, time = self._written.get(storage, (lane, 0))
-        self.crossings += writer != lane
-        self._check(lane, writer, time, f"{name} on {lane} reads what {writer} wrote")
-        self._read.setdefault(storage, {})[lane] = self._clocks[lane][lane]
+        mark, storage = self._mark(lane, tensor), _storage(tensor)
+        for writer in filter(mark.meets, self._written.get(storage, ())):
+            self.crossings += writer.lane != lane
+            self._check(mark, writer, f"{name} on {lane} reads what {writer.lane} wrote")
+        _put(self._read.setdefault(storage, []), mark)
 
     def _note_write(self, lane: str, tensor: Tensor, name: str) -> None:
-        storage = _storage(tensor)
+        mark, storage = self._mark(lane, tensor), _storage(tensor)
         if storage not in self._written:
             self._kept.append(tensor.untyped_storage())
-        writer, time = self._written.get(storage, (lane, 0))
-        self._check(lane, writer, time, f"{name} on {lane} overwrites what {writer} wrote")
-        for reader, time in self._read.pop(storage, {}).items():
-            self._check(lane, reader, time, f"{name} on {lane} overwrites what {reader} reads")
-        self._written[storage] = lane, self._clocks[lane][lane]
+        for writer in filter(mark.meets, self._written.get(storage, ())):
+            self._check(mark, writer, f"{name} on {lane} overwrites what {writer.lane} wrote")
+        for reader in filter(mark.meets, self._read.get(storage, ())):
+            self._check(mark, reader, f"{name} on {lane} overwrites what {reader.lane} reads")
+        _put(self._written.setdefault(storage, []), mark)
 
-    def _check(self, lane: str, other: str, time: int, what: str) -> None:
-        if lane != other and self._clocks[lane].get(other, 0) < time:
+    def _mark(self, lane: str, tensor: Tensor) -> "Mark":
+        size = tensor.element_size()
+        reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        start = int(tensor.storage_offset()) * size
+        return Mark(start, start + int(reach) * size * (tensor.numel() > 0), lane, self._clocks[lane][lane])
+
+    def _check(self, mark: "Mark", other: "Mark", what: str) -> None:
+        if mark.lane != other.lane and self._clocks[mark.lane].get(other.lane, 0) < other.time:
             self.hazards.append(f"{what}, without having waited for it")
+
+
+def _put(marks: list[Mark], mark: Mark) -> None:
+    """Adds a mark; those of the same lane that lie within it are behind it."""
+    marks[:] = [
+        old for old in marks if not (old.lane == mark.lane and mark.start <= old.start and old.stop <= mark.stop)
+    ]
+    marks.append(mark)
 
 
 def _storage(tensor: Tensor) -> int:

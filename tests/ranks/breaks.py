@@ -83,7 +83,7 @@ def skip(mesh: Mesh, call: Call, x: Tensor, *args: Any, **options: Any) -> Pendi
         "all_to_all": lambda: x.new_zeros(sum(args[1]), *x.shape[1:]),
         "all_reduce": lambda: x.clone(),
     }
-    return Pending(None, own[call.__name__])
+    return Pending((), own[call.__name__])
 
 
 def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor], numbers: bool = True) -> Call:
@@ -98,7 +98,7 @@ def change(alter: Callable[[Tensor, dist.ProcessGroup], Tensor], numbers: bool =
                 return alter(result, group)
             return [alter(part, group) if part.is_floating_point() == numbers else part for part in result]
 
-        return Pending(pending.work, finish)
+        return Pending(pending.works, finish)
 
     return broken
 
@@ -112,7 +112,7 @@ def swap_splits(mesh: Mesh, call: Call, rows: Any, *args: Any) -> Pending[Any]:
         parts = [torch.cat(part.split(received)[::-1]) for part in ([result] if isinstance(result, Tensor) else result)]
         return parts[0] if isinstance(result, Tensor) else parts
 
-    return Pending(pending.work, finish)
+    return Pending(pending.works, finish)
 
 
 def take_wrong_group(mesh: Mesh, call: Call, *args: Any, **options: Any) -> Any:
@@ -193,6 +193,25 @@ def scale_received(factor: float) -> Call:
     return broken
 
 
+def alter_block(alter: Callable[[Tensor, Tensor], object]) -> Call:
+    """What arrives is altered, given what was sent."""
+
+    def broken(mesh: Mesh, call: Call, sent: Tensor, target: int, room: Tensor, *args: Any) -> list[Done]:
+        for work in call(sent, target, room, *args):
+            work.wait()
+        alter(room, sent)
+        return [Done()]
+
+    return broken
+
+
+def swap_elsewhere(mesh: Mesh, call: Call, sent: Tensor, target: int, room: Tensor, *args: Any) -> list[dist.Work]:
+    """The neighbour along dp instead of that along tp, where there are two of each."""
+    across = mesh.group(Axis.replicas, Traffic.data)
+    other = 1 - across.rank()
+    return call(sent, other, room, other, across)  # type: ignore[no-any-return]
+
+
 def double_in_place(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **options: Any) -> None:
     """The sum is taken twice."""
     call(tensor, *args, **options)
@@ -269,6 +288,10 @@ KINDS: dict[str, Call] = {
     "sent doubled": send_doubled,
     "received doubled": scale_received(2),
     "received averaged": scale_received(0.5),
+    "block lost": alter_block(lambda room, sent: room.zero_()),
+    "block doubled": alter_block(lambda room, sent: room.mul_(2)),
+    "block over the wrong group": swap_elsewhere,
+    "block of the wrong owner": alter_block(lambda room, sent: room.copy_(sent)),
     "doubled in place": double_in_place,
     "own alone": keep_own,
     "counted twice": count_twice,

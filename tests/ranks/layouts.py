@@ -14,7 +14,7 @@ from typing import Any
 from small_models import SOFTMAX, make_config
 
 from model.config import Recompute
-from parallel.config import EngineName, OverlapConfig, PipelineConfig
+from parallel.config import EngineName, OverlapConfig, PipelineConfig, TensorOverlap
 from parallel.pipeline.schedules import SCHEDULES, Route, check
 from parallel.topology import Topology
 from training.config import OptimizerConfig
@@ -22,6 +22,7 @@ from training.proof.case import Case
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "engine": (EngineName.native, EngineName.fsdp2),
+    "tensor": (TensorOverlap.joined, TensorOverlap.blocks),
     "shared": (0, 1, 2),
     "router": ("sigmoid in groups", "sigmoid", "softmax"),
     "mtp": (0, 1, 2),
@@ -162,7 +163,7 @@ def make_case(choice: Choice, seed: int) -> Case:
             virtual=choice["virtual"],
             layers=divide(layers, stages, seed) if choice["divided"] == "as drawn" else None,
         ),
-        overlap=OverlapConfig(pairs=choice["pairs"], pieces=choice["pieces"]),
+        overlap=OverlapConfig(pairs=choice["pairs"], pieces=choice["pieces"], tensor=choice["tensor"]),
         micro_batch=choice["micro_batch"],
         accumulation=max(choice["accumulation"], 3 - min(topology.dp, 2)),  # two micro-batches at least, here or there
         length=next(length for length in (8, 12, 10, 14) if length % topology.tp == 0),
@@ -186,7 +187,7 @@ def describe(case: Case) -> str:
     layers = "" if pipeline.layers is None else f" {pipeline.layers}"
     words = [
         f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}{'' if case.overlap.pairs else ' in turns'}",
-        f"dp{t.dp} tp{t.tp} ep{t.ep} {case.engine} {model.moe.score}{model.moe.groups}",
+        f"dp{t.dp} tp{t.tp} ep{t.ep} {case.overlap.tensor} {case.engine} {model.moe.score}{model.moe.groups}",
         f"shared{model.moe.shared_experts}",
         f"mtp{model.mtp.depth} dense{model.dense_layers} {model.recompute} {case.accumulation}x{case.micro_batch}",
         *(word for word, true in (("crowded", case.crowded), ("moving", case.rebalance), ("tied", model.tied)) if true),

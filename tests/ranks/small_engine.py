@@ -113,6 +113,7 @@ def take_steps(rank: int, world: int, toy: Toy) -> Taken:
 
 def take(module: Parameters, shards: dict[str, Shard], engine: Native, updates: list[Update]) -> Taken:
     """A copy of what there is now."""
+    engine.settle()
     parts = {name: (shards[name], p.detach().clone()) for name, p in module.named_parameters()}
     state = engine.state()
     chunks = [chunk._replace(tensor=chunk.tensor.clone()) for chunk in state.chunks]

@@ -18,8 +18,9 @@ from small_models import make_config
 from small_runs import write_text
 from spawn import RankError, run_ranks
 from spoilt import SPOILT
+from symmetric import compare_fused
 
-from parallel import collectives, reduce
+from parallel import collective_matmul, collectives, reduce
 from parallel.config import EngineName, PipelineConfig
 from parallel.mesh import Mesh
 from parallel.pipeline.run import Interpreter
@@ -33,17 +34,20 @@ from training.proof.report import Report
 from training.setup import set_up
 
 TENSOR, EXCHANGE, LOSS = "parallel/tensor.py", "parallel/exchange.py", "parallel/loss.py"
+MATMUL = "parallel/collective_matmul.py"
 COLLECTIVES, REDUCE, SLAB = "parallel/collectives.py", "parallel/reduce.py", "training/slab.py"
 MICROBATCHES, FSDP2, MOVE = "training/microbatches.py", "training/fsdp2.py", "training/move.py"
 CROSS_ENTROPY = "VocabularyCrossEntropyFunction.forward"
-GATHER, SCATTER = Site(TENSOR, "_gather", "all_gather"), Site(TENSOR, "_scatter", "sum_scatter")
+GATHER, SCATTER = Site(MATMUL, "gather", "all_gather"), Site(MATMUL, "scatter", "sum_scatter")
+BLOCKS_GATHER, BLOCKS_SCATTER = (Site(MATMUL, of, "_swap") for of in ("gather_blocks", "scatter_blocks"))
+BLOCK = Site(MATMUL, "_swap", "dist.batch_isend_irecv")  # of other backends than gloo
 TOTAL = Site(TENSOR, "_total", "all_reduce")
 LARGEST, SUMS = Site(LOSS, CROSS_ENTROPY, "all_reduce", 0), Site(LOSS, CROSS_ENTROPY, "all_reduce", 1)
 OUT, OUT_BACK = (Site(EXCHANGE, f"Dispatch.{of}", "all_to_all_joined") for of in ("forward", "backward"))
 HOME, HOME_BACK = (Site(EXCHANGE, f"Return.{of}", "all_to_all") for of in ("forward", "backward"))
 COUNTS = Site(EXCHANGE, "ExpertExchange.dispatch", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
-GRADIENTS, WEIGHTS = Site(SLAB, "Slab.reduce", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
+GRADIENTS, WEIGHTS = Site(SLAB, "Slab.close", "reduce_pieces"), Site(SLAB, "Slab.publish", "gather_pieces")
 COUNT, TOTALS = (Site(MICROBATCHES, of, "sum_over") for of in ("count_denominators", "total_over_ranks"))
 NORM, ZERO_NORM, ZERO3_NORM = (
     Site("training/native.py", "Native._measure_norm", "sum_over"),
@@ -60,6 +64,13 @@ BREAKS = [
     *(Break(GATHER, kind, ranks) for kind, ranks in (("skipped", 2), ("doubled", 2), ("wrong group", 4))),
     *(Break(SCATTER, kind, ranks) for kind, ranks in (("skipped", 2), ("doubled", 2), ("averaged", 2))),
     Break(SCATTER, "wrong group", 4),
+    *(
+        Break(site, kind)
+        for site in (BLOCKS_GATHER, BLOCKS_SCATTER)
+        for kind in ("block lost", "block doubled", "block of the wrong owner")
+    ),
+    *(Break(site, "block over the wrong group", 4) for site in (BLOCKS_GATHER, BLOCKS_SCATTER)),
+    *(Break(BLOCK, kind) for kind in ("lost", "batch doubled")),
     *(Break(TOTAL, kind, ranks) for kind, ranks in (("skipped", 2), ("doubled", 2), ("wrong group", 4))),
     # Any value that all ranks share is as good as the largest: it only keeps the exponentials small.
     *(Break(LARGEST, kind, ranks) for kind, ranks in (("skipped", 2), ("wrong group", 4))),
@@ -103,7 +114,7 @@ MOVES = [  # faults of what is sent, not of the sending
     Break(Site(MOVE, "_move", "_travel"), "the other way", how="moving"),
 ]
 CONTROLS = [
-    *(Break(site, "nothing") for site in (GATHER, OUT, HOME, COUNTS, ADD)),
+    *(Break(site, "nothing") for site in (GATHER, BLOCKS_GATHER, BLOCKS_SCATTER, BLOCK, OUT, HOME, COUNTS, ADD)),
     *(
         Break(site, "nothing", how=how)
         for site, how in (
@@ -168,6 +179,8 @@ def prove_broken(rank: int, world: int, breaks: list[Break]) -> Verdicts:
         with pytest.MonkeyPatch.context() as patch, planted(broken, mesh) as hits:
             if broken.site.function == "_reduce_scatter":
                 patch.setattr(collectives, "sums_itself", lambda group: False)
+            if broken.site == BLOCK:
+                patch.setattr(collective_matmul, "_batches", lambda group: True)
             if broken.site == BATCH:
                 patch.setattr(Interpreter, "_start", send_batches(Interpreter._start))
             verdicts[broken] = (prove(cases[broken.how], mesh, references[broken.how]), len(hits))
@@ -296,6 +309,11 @@ def test_libraries_are_proved_as_well(tmp_path: Path) -> None:
     write_text(tmp_path)
     found = run_ranks(spoil_libraries, 2, tmp_path)[0]
     assert found == {what: [True, False] for what in SPOILT}
+
+
+def test_fused_operators_are_asked_for_the_right_thing() -> None:
+    for right, wrong in run_ranks(compare_fused, 2):
+        assert right < 1e-12 and wrong > 1e-3
 
 
 @pytest.mark.full

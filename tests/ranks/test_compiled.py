@@ -34,7 +34,7 @@ def compare(rank: int, world: int, topology: Topology) -> Seen:
     warnings.simplefilter("ignore")  # torch's compiler warns of its own doings
     mesh, moe = Mesh(topology, CPU), {"experts": 8, "groups": 4}
     config = make_config(num_layers=2, dense_layers=1, attention={"heads": 4}, moe=moe)
-    eager, compiled = (build_sharded(config, torch.float64, CPU, 3, mesh)[0] for _ in range(2))
+    eager, compiled = (build_sharded(config, torch.float64, 3, mesh)[0] for _ in range(2))
     compile_segments(compiled)
     graphs, apart, arrivals = [], 0.0, set[int]()
     for experts in (module for module in eager.modules() if isinstance(module, Experts)):

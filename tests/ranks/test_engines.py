@@ -50,7 +50,7 @@ def name_layout(layout: Any) -> str | None:
 
 
 def make_engine(kind: EngineName, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, how: OptimizerConfig) -> Engine:
-    model, shards = build_sharded(config, dtype, CPU, 3, mesh)
+    model, shards = build_sharded(config, dtype, 3, mesh)
     return build_engine(kind, {0: model}, shards, mesh, replace(how, bucket_bytes=SMALL), dtype)
 
 

@@ -8,6 +8,7 @@ from spawn import run_ranks
 
 from model.config import ModelConfig, Recompute
 from parallel.build import build_stages
+from parallel.config import OverlapConfig
 from parallel.exchange import cut_tokens, find_exchanges
 from parallel.mesh import Mesh
 from parallel.overlap.record import COMM, COMPUTE, Recorder
@@ -42,7 +43,7 @@ class Layout:
         self.config = config
         mesh = Mesh(Topology(dp=world, ep=world), torch.device("cpu"))
         pipeline = Pipeline(divide(config, stages), StageMap(((0,),) * stages))
-        self.stages, _ = build_stages(config, dtype, mesh.device, 0, mesh, pipeline)
+        self.stages, _ = build_stages(config, dtype, 0, mesh, pipeline, OverlapConfig())
         self.batches = [make_batch(config, documents=True, seed=10 * mesh.rank + k) for k in range(BATCHES)]
 
     def step(self, way: Way, recorder: Recorder | None = None) -> Taken:

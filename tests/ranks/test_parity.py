@@ -61,6 +61,7 @@ def choices(case: Case) -> dict[str, Any]:
         "schedule": pipeline.schedule,
         "pieces": case.overlap.pieces,
         "engine": case.engine,
+        "tensor": case.overlap.tensor,
         "shared": moe.shared_experts,
         "router": router,
         "mtp": model.mtp.depth,

@@ -55,7 +55,7 @@ def make(case: Case, mesh: Mesh, dtype: torch.dtype) -> tuple[Any, Native, Runne
     """The stages of a rank, their engine and their runner."""
     arranged = case.stages
     mesh.share(arranged.shared(case.model))
-    stages, shards = build_stages(case.model, dtype, CPU, case.seed, mesh, arranged)
+    stages, shards = build_stages(case.model, dtype, case.seed, mesh, arranged, case.overlap)
     runner = Runner(case.parallel, arranged, shape_activations(case.model, case.length, dtype, mesh), mesh)
     return stages, Native(stages, shards, mesh, case.optimizer), runner
 
@@ -67,6 +67,7 @@ def train(rank: int, world: int, cases: list[Case], dtype: torch.dtype) -> list[
         mesh = Mesh(case.topology, CPU)
         stages, engine, runner = make(case, mesh, dtype)
         steps = [take_step(case, mesh, stages, engine, runner, step) for step in range(case.steps)]
+        engine.settle()
         rows = [(*step.sums.tolist(), *step.load.flatten().tolist(), step.update.norm) for step in steps]
         taken.append(Taken(rows, {name: tensor.clone() for name, tensor in name_tensors(stages.values()).items()}))
     return taken

@@ -161,7 +161,7 @@ def weigh_in_norm(patch: Patch, weigh: Callable[[Axis, Mesh], float]) -> None:
 
     def measure(self: Native) -> float:
         total = torch.zeros((), dtype=torch.float64)
-        for slab in self._all():
+        for slab in self._slabs:
             axis = slab._entries[0].shard.placement.holders
             total += weigh(axis, self._mesh) * sum_squares([part.grad for part in slab.parts], self._mesh.device)
         dist.all_reduce(total)

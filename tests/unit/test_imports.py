@@ -118,7 +118,8 @@ def test_parallel_rules_are_plain() -> None:
 
 def test_heavy_libraries_are_imported_where_used() -> None:
     for path in FILES:
-        lazy = LAZY - {"triton"} if name(path).startswith("model.kernels.") else LAZY
+        kernels = name(path).startswith(("model.kernels.", "parallel.kernels."))
+        lazy = LAZY - {"triton"} if kernels else LAZY
         for module in imports(path, top_level=True):
             assert module.partition(".")[0] not in lazy, f"{name(path)} imports {module} at its top"
             assert not module.startswith("torch.utils.tensorboard"), name(path)

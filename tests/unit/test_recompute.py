@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from model.batch import Losses
 from model.config import ModelConfig, Recompute
 from model.linear import WeightGradient
+from model.recompute import is_repeated, list_repeated
 from model.transformer import Transformer
 
 CONFIG = make_config(mtp=1)
@@ -75,3 +76,14 @@ def kept_bytes(policy: Recompute) -> int:
 def test_recomputation_keeps_less() -> None:
     none, selective, full = (kept_bytes(policy) for policy in (Recompute.none, Recompute.selective, Recompute.full))
     assert full < 0.6 * none and full < selective < 0.8 * none
+
+
+def test_parts_of_a_product_are_computed_again_as_the_whole_is() -> None:
+    """Of 4 heads a rank may have 2: what it widens to them is no more worth keeping."""
+    config = make_config(recompute=Recompute.selective, attention={"heads": 4})
+    a, sizes = config.attention, list_repeated(config)
+    wide = a.heads * (a.nope_dim + a.v_dim)
+    assert all(is_repeated((a.kv_rank, wide // parts), sizes) for parts in (1, 2, 4))
+    assert not is_repeated((config.hidden, wide), sizes) and not is_repeated((a.kv_rank, wide - 1), sizes)
+    assert is_repeated((3, 3), list_repeated(make_recomputing(Recompute.full)))
+    assert not is_repeated((a.kv_rank, wide), list_repeated(make_recomputing(Recompute.none)))

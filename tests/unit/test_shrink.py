@@ -7,7 +7,7 @@ import pytest
 from small_models import make_config
 from small_runs import make_run
 
-from parallel.config import EngineName, ParallelConfig, PipelineConfig, ScheduleName
+from parallel.config import EngineName, OverlapConfig, ParallelConfig, PipelineConfig, ScheduleName, TensorOverlap
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.topology import Topology
 from training.proof.shrink import RANKS, list_lengths, lower, shrink, shrink_model
@@ -76,6 +76,15 @@ def test_keeps_the_engine(tmp_path: Path, engine: EngineName) -> None:
     config: Any = make_run(tmp_path)
     config.parallel = ParallelConfig(engine=engine)
     assert {case.engine for case in shrink(config, Topology(dp=2)).cases.values()} == {engine}
+
+
+def test_what_only_devices_run_is_proved_as_what_a_processor_has(tmp_path: Path) -> None:
+    config: Any = make_run(tmp_path)
+    for wanted, proved in (("auto", "auto"), ("joined", "joined"), ("fused", "blocks")):
+        config.parallel = ParallelConfig(tp=2, overlap=OverlapConfig(tensor=TensorOverlap(wanted)))
+        cases, unproved = shrink(config, Topology(tp=2))
+        assert {case.overlap.tensor for case in cases.values()} == {proved}
+        assert ["parallel.overlap.tensor=fused" in line for line in unproved] == [True] * (wanted == "fused")
 
 
 def test_learning_rates_and_sizes_share_a_proof(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 import pytest
 
 from model.config import Recompute
-from parallel.config import EngineName
-from training.config import MomentDtype, OptimizerConfig, Precision
-from training.support import check
+from parallel.config import EngineName, OverlapConfig, ParallelConfig, TensorOverlap
+from training.config import Device, MomentDtype, OptimizerConfig, Precision
+from training.support import check, check_overlap
 
 ADAM = OptimizerConfig(lr=1e-3)
 KEEP = Recompute.none
@@ -43,3 +43,12 @@ def test_fully_shard_refuses_to_compute_its_units_again() -> None:
         rule = rf"^model.recompute={recompute} must be none with parallel.engine=fsdp2: "
         with pytest.raises(ValueError, match=rule):
             check(EngineName.fsdp2, Precision.bf16, ADAM, recompute)
+
+
+def test_fused_operators_are_not_for_processors() -> None:
+    fused = OverlapConfig(tensor=TensorOverlap.fused)
+    with pytest.raises(ValueError, match=r"^parallel.overlap.tensor=fused must be auto, joined or blocks with run.dev"):
+        check_overlap(ParallelConfig(tp=2, overlap=fused), Device.cpu)
+    check_overlap(ParallelConfig(tp=2, overlap=fused), Device.auto)
+    check_overlap(ParallelConfig(overlap=fused), Device.cpu)
+    check_overlap(ParallelConfig(tp=2), Device.cpu)

@@ -19,7 +19,7 @@ def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, Shards]:
     """Takes the steps on this rank, from ``start``. Collective over all ranks."""
     pipeline = case.stages
     mesh.share(pipeline.shared(case.model))
-    stages, shards = build_stages(case.model, torch.float64, mesh.device, case.seed, mesh, pipeline)
+    stages, shards = build_stages(case.model, torch.float64, case.seed, mesh, pipeline, case.overlap)
     cut_tokens(stages.values(), case.overlap.pieces)
     runner = Runner(case.parallel, pipeline, shape_activations(case.model, case.length, torch.float64, mesh), mesh)
     initial = copy_tensors(stages.values())
@@ -35,5 +35,6 @@ def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, Shards]:
             trace.moments.extend(chunk._replace(tensor=chunk.tensor.clone()) for chunk in chunks)
         if case.rebalance:
             shuffle_experts(case, stages, shards, engine, mesh, step)
+    engine.settle()
     final = {name: complete(tensor).clone() for name, tensor in find_tensors(stages.values()).items()}
     return trace._replace(final=final), shards

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from configs.schema import TrainConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, PipelineConfig
+from parallel.config import ParallelConfig, PipelineConfig, TensorOverlap
 from parallel.pipeline.plan import schedule_of
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.topology import Topology
@@ -41,6 +41,10 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
     small, unproved = lower(topology, config.model.moe.experts, list_lengths(parallel))
     pipeline = replace(parallel.pipeline, layers=None)
     count = count_microbatches(run.global_batch, run.micro_batch, topology.dp)
+    overlap = parallel.overlap
+    if overlap.tensor is TensorOverlap.fused:
+        unproved.append("parallel.overlap.tensor=fused: proved with blocks, which runs on a processor")
+        overlap = replace(overlap, tensor=TensorOverlap.blocks)
     stages = 1
     if topology.pp == 1 and pipeline == PipelineConfig():
         accumulation = min(count, 2)
@@ -59,6 +63,7 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
         ),
         engine=parallel.engine,
         pipeline=pipeline,
+        overlap=overlap,
         micro_batch=min(config.run.micro_batch, 2),
         accumulation=accumulation,
         length=small.cp * small.tp * max(2, TOKENS // (small.cp * small.tp)),

@@ -60,6 +60,9 @@ class Unaided:
         """As autograd would."""
         parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
+    def finishing(self, stage: int, coming: object = None) -> None:
+        """Nothing starts early."""
+
     def finished(self, stage: int) -> None:
         """Gradients are summed when all is done."""
 

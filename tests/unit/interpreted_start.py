@@ -1,0 +1,133 @@
+"""Triton's interpreter in a process of its own: whether kernels are interpreted is settled when Triton is imported.
+
+test ---- Interpreter.run("interpreted_gather:check_numbers", ...) ---> worker, TRITON_INTERPRET=1
+                                                                          |  fork, memory shared
+                                                                   rank 0, rank 1 ... where a check has ranks
+"""
+
+import importlib
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from functools import partialmethod
+from typing import Any
+
+LIMIT = 100.0  # seconds for a check
+
+
+class Interpreter:
+    """A worker that runs checks one after the other, and raises here what they raise there."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def run(self, name: str, *args: Any) -> None:
+        """``name`` is module:function. A check that takes too long costs the worker its life."""
+        self._end.send((name, args))
+        if not self._end.poll(LIMIT):
+            self._process.kill()
+            self._start()
+            raise TimeoutError(f"{name} after {LIMIT:g} s")
+        error = self._end.recv()
+        assert error is None, error
+
+    def close(self) -> None:
+        self._end.close()
+        self._process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._end, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs,))
+        self._process.start()
+        theirs.close()
+
+
+def serve(end: Any) -> None:
+    """The worker's life: until the other end is closed."""
+    prepare()
+    while True:
+        try:
+            name, args = end.recv()
+        except EOFError:
+            return
+        end.send(caught(call, name, *args))
+
+
+def call(name: str, *args: Any) -> None:
+    module, _, function = name.partition(":")
+    getattr(importlib.import_module(module), function)(*args)
+
+
+def caught(function: Callable[..., None], *args: Any) -> str | None:
+    """The traceback of what ``function`` raises."""
+    try:
+        function(*args)
+    except BaseException:
+        return traceback.format_exc()
+    return None
+
+
+def prepare() -> None:
+    """Before anything imports Triton."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    torch.set_num_threads(1)  # which also makes forking safe
+    for name in ("create_dot", "create_atomic_poll", "cast_impl"):
+        setattr(InterpreterBuilder, name, partialmethod(globals()[name], getattr(InterpreterBuilder, name)))
+
+
+def create_dot(builder: Any, plain: Callable[..., Any], a: Any, b: Any, *rest: Any) -> Any:
+    """Triton 3.9's interpreter would multiply bfloat16 as the integers in which it keeps them."""
+    import triton.language as tl
+
+    wide = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return plain(builder, *wide, *rest)
+
+
+def create_atomic_poll(builder: Any, plain: Callable[..., Any], flag: Any, value: Any, limit: Any, *rest: Any) -> Any:
+    """It would take no time limit for one, and fail as soon as it has to wait. And it leaves no time to others."""
+    while builder.create_load(flag, None, True).data.item() != value.data.item():
+        time.sleep(0.0005)
+    return plain(builder, flag, value, None, *rest)
+
+
+def cast_impl(builder: Any, plain: Callable[..., Any], x: Any, kind: Any) -> Any:
+    """It would cut float32 to bfloat16, where a device rounds to the nearest."""
+    import torch
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if x.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+        return plain(builder, x, kind)
+    bits = torch.tensor(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
+    return TensorHandle(bits, kind.scalar)
+
+
+def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
+    """``function(rank, *args)`` in forked processes: tensors in shared memory have one address in all of them."""
+    context = multiprocessing.get_context("fork")
+    ends = [context.Pipe(duplex=False) for _ in range(world)]
+    processes = [
+        context.Process(target=_rank, args=(rank, ends[rank][1], function, args), daemon=True) for rank in range(world)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + LIMIT / 2
+        for rank, (end, _) in enumerate(ends):
+            assert end.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} waits for ever"
+            error = end.recv()
+            assert error is None, error
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _rank(rank: int, end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    end.send(caught(function, rank, *args))
