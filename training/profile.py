@@ -54,6 +54,7 @@ class Profile:
             return
         profiler, self._profiler = self._profiler, None
         mesh, path = self._setup.mesh, self._folder / f"rank-{self._setup.mesh.rank}.json.gz"
+        self._setup.engine.settle()  # what the profiler has seen begin must end before it does
         profiler.stop()
         self._folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(path))
@@ -80,6 +81,7 @@ class Profile:
             profile_memory=self._config.memory,
             experimental_config=threads,
         )
+        self._setup.engine.settle()
         profiler.start()
         wait_for_all(self._setup.mesh)  # beginning takes a while, on every rank another
         return profiler

@@ -114,7 +114,8 @@ def find_transfers(events: Sequence[Raw], pieces: Marks) -> list[Transfer]:
     launches: defaultdict[str, deque[float]] = defaultdict(deque)
     marked = [event for event in events if event.get("cat") == "user_annotation"]
     flights = list(_fly(_ranges(marked, FLIGHT)))
-    found = []
+    parts: defaultdict[tuple[Range, Range], list[tuple[str, float, float]]] = defaultdict(list)
+    found: list[Transfer] = []
     for event in events:
         if event["name"].startswith("c10d::"):
             launches[_kind(event["name"])].append(event["ts"])
@@ -123,14 +124,15 @@ def find_transfers(events: Sequence[Raw], pieces: Marks) -> list[Transfer]:
             start, end, waiting = event["ts"], event["ts"] + event["dur"], launches[_kind(event["name"])]
             launched = waiting.popleft() if waiting else start
             flight = next((flight for flight in flights if flight[0].holds(launched)), None)
-            piece, travelled = pieces.find(launched), (start, end)
-            if flight is not None:
-                flights.remove(flight)
-                found.append(Transfer(event["name"], piece, flight[0].start, max(flight[1].end, end), travelled))
+            if flight is not None:  # which may be several messages
+                parts[flight].append((event["name"], start, end))
             else:
-                found.append(Transfer(event["name"], piece, launched, end, travelled))
-    # What the profiler has not seen travel: on a GPU, where it does so by kernels.
-    found += [Transfer("flight", pieces.find(leave.start), leave.start, land.end, None) for leave, land in flights]
+                found.append(Transfer(event["name"], pieces.find(launched), launched, end, (start, end)))
+    for leave, land in flights:
+        # On a GPU, where things travel by kernels, the profiler does not see them here.
+        names, starts, ends = zip(*parts[leave, land], strict=True) if parts[leave, land] else (["flight"], [], [])
+        travelled = (min(starts), min(max(ends), land.end)) if starts else None
+        found.append(Transfer(names[0], pieces.find(leave.start), leave.start, land.end, travelled))
     return sorted(found, key=lambda each: each.start)
 
 
