@@ -1,6 +1,6 @@
 """The whole configuration, assembled from the rooms' own dataclasses. Loads no torch.
 
-TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run
+TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run, profile
 RunConfig     what the launcher sees  TrainConfig + cluster, verify, proofs
 """
 
@@ -13,7 +13,7 @@ from parallel.config import ParallelConfig
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.rules import check, check_model, check_pipeline
 from parallel.topology import Topology
-from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, RunSection
+from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
 from training.ramp import batch_sizes
 from training.support import check as check_engine
 from training.support import check_compile, check_microbatches, check_overlap
@@ -40,12 +40,17 @@ class TrainConfig:
     precision: Precision = Precision.bf16
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunSection
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: str | None = None  # a folder of weights in Hugging Face format to start from
 
     def __post_init__(self) -> None:
         if self.data.tokenizer == "bytes" and self.model.vocab_size < BYTES:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, what data.tokenizer=bytes has"
+            )
+        if self.profile.range().stop > self.run.steps:
+            raise ValueError(
+                f"profile.steps={self.profile.steps} must not go beyond the last step: run.steps={self.run.steps}"
             )
         check_engine(self.parallel.engine, self.precision, self.optimizer, self.model.recompute)
         p, length = self.parallel, self.data.sequence_length

@@ -17,7 +17,6 @@ it. Shapes: x [B, S, H]; T = B * S tokens; K choices; rows [P, H] and R tokens a
 """
 
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,30 +30,7 @@ from model.exchange import Arrived, Exchange, Layout, LocalExchange, permute, un
 from model.experts import Experts, SwiGLU
 from model.recompute import runner
 from model.router import Router, Routing
-
-
-class Lane(StrEnum):
-    """What a segment occupies: the processor or the network."""
-
-    compute = "compute"
-    comm = "comm"
-
-
-class Wait(StrEnum):
-    """What a segment waits for as it begins."""
-
-    nothing = "nothing"
-    counts = "counts"  # a few numbers, soon there
-    rows = "rows"  # as many rows as there are tokens, or more
-
-
-class Segment(NamedTuple):
-    """One step of a block: ``module(carry, context)`` gives the next carry."""
-
-    name: str
-    lane: Lane
-    module: Callable[[Any, Context], Any]
-    waits: Wait = Wait.nothing
+from model.segment import Lane, Segment, Wait, run
 
 
 class Attended(NamedTuple):
@@ -223,10 +199,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> BlockOutput:
-        carry: Any = x
-        for segment in self.segments():
-            carry = segment.module(carry, context)
-        return carry
+        return run(self.segments(), x, context)
 
 
 def _share(shared: nn.Module, carry: Routed, context: Context) -> Routed:

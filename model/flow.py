@@ -9,7 +9,7 @@ that several segments read: whoever cuts the graph between two segments (paralle
 Shapes: B sequences, S tokens, H hidden, V vocabulary, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from model.attention import Context
 from model.batch import Batch, Denominators, Losses, slice_labels
-from model.block import BlockOutput, Lane, Segment
+from model.block import BlockOutput
 from model.config import ModelConfig
 from model.linear import Deferred
 from model.loss import widen
 from model.rope import tables
+from model.segment import Lane, Segment, run
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
@@ -83,11 +84,13 @@ def list_segments(
     return segments
 
 
-def run(segments: Sequence[Segment], carry: Any, context: Context) -> Any:
-    """One segment after the other; gives what the last one made."""
-    for segment in segments:
-        carry = segment.module(carry, context)
-    return carry
+def pass_through(
+    model: "Transformer", batch: Batch, denominators: Denominators, deferred: Deferred, x: Tensor | None
+) -> Losses:
+    """All of it without a stop, blocks as wholes: see ``Transformer.forward``."""
+    segments = list_segments(model, batch, denominators, whole_blocks=True)
+    made: Losses = run(segments, begin(model, x), share(model, batch, deferred))
+    return made
 
 
 def _count_inputs(model: "Transformer", batch: Batch) -> int:

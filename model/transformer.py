@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from model.core import Core, attend
 from model.embedding import Embedding
 from model.exchange import Exchange
-from model.flow import begin, list_segments, locate, run, share
+from model.flow import locate, pass_through
 from model.linear import Deferred, Linear
 from model.loss import CrossEntropy, cross_entropy
 from model.router import Router
@@ -79,9 +79,7 @@ class Transformer(nn.Module):
         self, batch: Batch, denominators: Denominators, deferred: Deferred = None, x: Tensor | None = None
     ) -> Losses:
         """One micro-batch's share of the loss of the global batch. ``x`` [B, S, H] comes from the stage before."""
-        return run(
-            list_segments(self, batch, denominators, whole_blocks=True), begin(self, x), share(self, batch, deferred)
-        )
+        return pass_through(self, batch, denominators, deferred, x)
 
     def logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens [B, S] -> logits [B, S, V], at least float32. With a cache, the tokens follow those cached."""

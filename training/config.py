@@ -143,6 +143,31 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """Which steps a run leaves a trace of (training/profile.py)."""
+
+    steps: str | None = None  # as 3-5 or 4, numbered as a run prints them, from 1; null: none
+    memory: bool = True  # what is allocated, too
+
+    def __post_init__(self) -> None:
+        self.range()
+
+    def range(self) -> range:
+        """The steps, numbered from 0 as the record does."""
+        if self.steps is None:
+            return range(0)
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.steps, re.ASCII)
+        if found is None:
+            raise ValueError(f"profile.steps={self.steps} must be a step or a range of them, such as 4 or 3-5")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first < 1:
+            raise ValueError(f"profile.steps={self.steps} must begin at 1 or later: the first step is step 1")
+        if last < first:
+            raise ValueError(f"profile.steps={self.steps} must not end before it begins: take {last}-{first}")
+        return range(first - 1, last)
+
+
+@dataclass(kw_only=True, slots=True)
 class RampConfig:
     """The batch grows linearly from ``start`` sequences to ``run.global_batch`` over the first ``tokens``."""
 

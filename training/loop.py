@@ -51,7 +51,7 @@ def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) 
             draw_schedule(timeline, folder)
         gauge = Gauge(config, setup.schedule, setup.machine, price)
         with open_view(gauge) as view, Interrupt(view.note) as interrupt:
-            outcome = run_steps(setup, record, view, lambda: interrupt.asked)
+            outcome = run_steps(setup, record, view, lambda: interrupt.asked, folder)
             setup.engine.settle()  # nobody leaves while others wait for weights
             if config.checkpoint.save:
                 save_weights(setup, folder / "weights")

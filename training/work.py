@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, Losses
 from model.linear import WeightGradient
+from model.mark import mark
 from parallel.overlap.execute import interleave
-from parallel.overlap.program import Program, Tape, finish, rewind
+from parallel.overlap.program import Program, Tape, finish, name, rewind
 from parallel.pipeline.action import Action, Op, Overlap, parts
 from parallel.pipeline.lower import Exchange, Step
 from parallel.pipeline.run import Work
@@ -142,21 +143,23 @@ class Training(Work):
         if not self._unrolls:
             return super().pair(forward, x, backward, gradient)
         behind, fills = backward[1:], backward[1:] in self._fills
-        deferred = self._pending[behind].deferred if fills else None
+        deferred, weights = self._pending[behind].deferred if fills else None, backward._replace(op=Op.W)
 
         def fill() -> None:
             # Half of what there is: some for the other program's wait, which comes before there is more.
             if deferred:
-                for _ in range(-(-len(deferred) // 2)):
-                    self._accumulate(deferred.pop(0))
+                with mark(str(weights)):
+                    for _ in range(-(-len(deferred) // 2)):
+                        self._accumulate(deferred.pop(0))
 
         def rewind_all() -> Program[Tensor | None]:
-            back = yield from self._rewind(*behind, gradient)
+            back = yield from name(self._rewind(*behind, gradient), backward)
             if fills:  # what is left, under the forward's last exchange
-                self.weight(*behind)
+                with mark(str(weights)):
+                    self.weight(*behind)
             return back
 
-        back, made = interleave((rewind_all(), self._unroll(*forward[1:], x)), fill)
+        back, made = interleave((rewind_all(), name(self._unroll(*forward[1:], x), forward)), fill)
         return made, back
 
     @torch.no_grad()

@@ -4,8 +4,8 @@
 
     forward        a module's own weights are gathered before its call and let go of after it
     backward       gathered again before the module's; its gradients go, a bucket at a time, to those who own them
-    head           is used by the whole model, not by a call: an external parameter of the model, gathered from the
-                   beginning to the end of its forward, and of its backward
+    head           is used by the whole model, not by a call, and so is the embedding by MTP: external parameters of
+                   the model, gathered from the beginning to the end of its forward, and of its backward
     step           ``torch.optim.AdamW`` updates what a rank owns; nothing is sent
 
 Layouts of dp alone: every rank holds all parameters alike, and the group is one. DeepSpeed averages, so what it has
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
@@ -195,5 +196,7 @@ def _partition(model: nn.Module, groups: Groups, config: OptimizerConfig, group:
         gradient_accumulation_dtype=torch.float32,
         communication_data_type=torch.float32,
     )
-    deepspeed.zero.register_external_parameter(model, model.get_parameter("head.weight"))
+    assert isinstance(model, Transformer)
+    for name in ("head.weight", "embedding.weight") if len(model.mtp) else ("head.weight",):
+        deepspeed.zero.register_external_parameter(model, model.get_parameter(name))
     return zero

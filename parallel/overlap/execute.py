@@ -13,7 +13,7 @@ What is left to fill are weight gradients that were put off.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from model.block import Wait
+from model.segment import Wait
 from parallel.overlap.program import Program
 
 

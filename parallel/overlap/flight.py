@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.mark import mark
 from parallel.overlap.lanes import Lanes
 from parallel.pending import Pending
 
@@ -41,17 +42,20 @@ class Flight:
 
     def leave(self, *tensors: Tensor) -> None:
         """Starts the way there."""
-        self._under_way = self._lanes.start(self._route.there, *tensors)
+        with mark("leave", id(self)):
+            self._under_way = self._lanes.start(self._route.there, *tensors)
 
     def turn(self, *gradients: Tensor) -> None:
         """Starts the way back."""
-        self._under_way = self._lanes.start(self._route.back, *gradients)
+        with mark("leave", id(self)):
+            self._under_way = self._lanes.start(self._route.back, *gradients)
 
     def land(self) -> Tensors:
         """Waits for what is under way."""
         assert self._under_way is not None
         pending, self._under_way = self._under_way, None
-        return pending.wait()
+        with mark("land", id(self)):
+            return pending.wait()
 
 
 class Depart(torch.autograd.Function):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from model.attention import Context
 from model.batch import Batch, Denominators
-from model.block import Segment, Wait
 from model.flow import begin, list_segments, share
 from model.linear import Deferred
+from model.mark import mark
+from model.segment import Segment, Wait
 from model.transformer import Transformer
 from parallel.overlap.cut import Gradients, Stretch
 
@@ -47,7 +48,8 @@ def run(segments: Sequence[Segment], carry: Any, context: Context) -> Program[Un
             carry = tape[-1].enter(carry, anchor)
         elif segment.waits is not Wait.nothing:
             yield segment.waits
-        carry = segment.module(carry, context)
+        with mark(segment.name):
+            carry = segment.module(carry, context)
     tape[-1].leave(carry)
     return Unrolled(carry, tape)
 
@@ -67,6 +69,17 @@ def rewind(tape: Tape, gradients: Sequence[Tensor | None]) -> Program[Gradients]
         if tape:
             yield Wait.rows
     return back
+
+
+def name(program: Program[T], called: object) -> Program[T]:
+    """``program``, each of whose turns is a range ``called`` so in a profile."""
+    while True:
+        with mark(str(called)):
+            try:
+                wait = next(program)
+            except StopIteration as end:
+                return end.value
+        yield wait
 
 
 def finish(program: Program[T]) -> T:

@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from model.mark import mark
 from parallel.pipeline.action import Action, Compute, Op, Overlap, parts
 from parallel.pipeline.lower import Exchange, Kind, Step, What
 from parallel.pipeline.trace import Span
@@ -100,7 +101,9 @@ class Interpreter:
                 return False
             read = [self._read(action) for action in actions]
             start = perf_counter()
-            self._hold(actions, self._act(step, work, read))
+            with mark(str(step)):
+                made = self._act(step, work, read)
+            self._hold(actions, made)
             if spans is not None:
                 spans.append(Span(self._rank, step, start - began, perf_counter() - began))
             done += [action.stage for action in actions if last.get(action.stage) == (number, action)]

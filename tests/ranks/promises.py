@@ -33,6 +33,7 @@ from training.gather import gather_whole, name_tensors
 from training.metrics import Record
 from training.microbatches import total_travel
 from training.placer import Placer
+from training.profile import Profile
 from training.setup import Setup, set_up
 from training.steps import run_steps
 from training.text import open_shared_text
@@ -53,7 +54,7 @@ def stop_together(stand: Stand) -> bool:
     rank = stand.setup.mesh.rank
     with Record(stand.folder / f"{rank}.jsonl") as record:
         gauge = Gauge(stand.setup.config, stand.setup.schedule, stand.setup.machine, 0.0)
-        outcome = run_steps(stand.setup, record, PlainView(gauge), lambda: rank == 1)
+        outcome = run_steps(stand.setup, record, PlainView(gauge), lambda: rank == 1, stand.folder)
     return outcome.ending is Ending.interrupted and outcome.last is None
 
 
@@ -112,6 +113,33 @@ def open_what_rank_0_prepared(stand: Stand) -> bool:
     return stay_together(stand, lambda: open_shared_text(stand.setup.config, print, stand.setup.mesh))
 
 
+def begin_profiles_together(stand: Stand) -> bool:
+    """No rank takes a step that is to be profiled before all can."""
+    profile = make_profile(stand)
+    kept = stay_together(stand, lambda: take_a_step(profile))
+    profile.close()
+    return kept
+
+
+def join_what_all_have_seen(stand: Stand) -> bool:
+    """No rank goes on, and rank 0 does not join profiles, before all are written."""
+    profile = make_profile(stand)
+    take_a_step(profile)
+    return stay_together(stand, profile.close)
+
+
+def make_profile(stand: Stand) -> Profile:
+    """Of the first two steps."""
+    stand.setup.config.profile.steps = "1-2"
+    return Profile(stand.setup, stand.folder, lambda line: None)
+
+
+def take_a_step(profile: Profile) -> None:
+    """One in which nothing happens."""
+    with profile.around(0):
+        pass
+
+
 def leave_together(stand: Stand) -> bool:
     """Nobody leaves the group before all do."""
     kept = stay_together(stand, disconnect)
@@ -144,10 +172,13 @@ PROMISES: dict[str, Callable[[Stand], bool]] = {
     "moved": count_the_moved,
     "wait": wait_for_the_last,
     "open": open_what_rank_0_prepared,
+    "begin": begin_profiles_together,
+    "join": join_what_all_have_seen,
     "leave": leave_together,
 }
 AGREE, EVALUATE, COLLECT = "training/agree.py", "training/evaluate.py", "training/gather.py"
 WAIT, OPEN = Site(AGREE, "wait_for_all", "any_rank"), Site("training/text.py", "open_shared_text", "wait_for_all")
+BEGIN, JOIN = (Site("training/profile.py", f"Profile.{of}", "wait_for_all") for of in ("_start", "close"))
 LEAVE = Site("parallel/mesh.py", "disconnect", "dist.barrier")
 STOP, HEAR = Site("training/steps.py", "run_steps", "any_rank"), Site(AGREE, "any_rank", "sum_over")
 LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))
@@ -166,6 +197,8 @@ PROMISED = [
     *(Break(MOVED, kind, how="moved") for kind in ("own alone", "counted twice")),
     Break(WAIT, "unheard", how="wait"),
     Break(OPEN, "unheard", how="open"),
+    Break(BEGIN, "unheard", how="begin"),
+    Break(JOIN, "unheard", how="join"),
     Break(LEAVE, "left alone", how="leave"),
 ]
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from model.attention import Context
 from model.batch import Losses
-from model.block import COMPUTE, Block, Lane, Wait
+from model.block import COMPUTE, Block
 from model.build import initialise
 from model.exchange import LocalExchange, Shipped
 from model.rope import tables
+from model.segment import Lane, Wait
 from model.transformer import Transformer
 
 CONFIG = make_config(mtp=1)

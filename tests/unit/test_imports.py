@@ -19,7 +19,7 @@ LAZY = {"deepspeed", "mpi4py", "transformers", "triton", "wandb", "tensorboard",
 PURE = {
     "configs", "model.config", "model.count", "parallel.config", "parallel.pipeline.action",
     "parallel.pipeline.schedules", "parallel.pipeline.stages", "parallel.placement", "parallel.rules",
-    "parallel.topology", "training.config", "training.ramp", "training.support",
+    "parallel.topology", "training.config", "training.ramp", "training.support", "training.timeline",
 }  # fmt: skip
 # Data and rules about ranks: the standard library, numpy where it pays.
 PLAIN = (
