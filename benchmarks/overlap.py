@@ -31,9 +31,9 @@ from model.block import Block
 from model.config import AttentionConfig, ModelConfig, MoEConfig
 from model.exchange import LocalExchange
 
-TOKENS, HIDDEN, EXPERTS = 256, 512, 8
+TOKENS, HIDDEN, EXPERTS = 512, 512, 8
 WINDOW = 32768  # bytes: at these rates enough, and counts need not wait long behind rows
-RATES = (None, 1000.0, 200.0, 100.0, 80.0, 40.0)  # Mbit/s of every link, both ways
+RATES = (None, 200.0, 100.0, 80.0, 40.0)  # Mbit/s of every link, both ways
 
 
 class Layout(NamedTuple):
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=list(CASES), choices=[*CASES, []])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--base", type=float, default=100.0, help="Mbit/s at which communication takes RATIO of computation"
+        "--base", type=float, default=80.0, help="Mbit/s at which communication takes RATIO of computation"
     )
     parser.add_argument("--ratio", type=float, default=0.9)
     parser.add_argument("--rates", type=float, nargs="*", help="Mbit/s; 0: no limit")

@@ -42,7 +42,7 @@ class Profile:
             yield
             return
         if self._profiler is None:
-            self._profiler = self._start()
+            self._profiler = self._begin()
         with record_function(f"step {step + 1}"):
             yield
         if step + 1 == self._steps.stop:
@@ -69,7 +69,7 @@ class Profile:
     def _remembers(self) -> bool:
         return self._config.memory and self._setup.mesh.device.type == "cuda"
 
-    def _start(self) -> profile:
+    def _begin(self) -> profile:
         device = self._setup.mesh.device.type
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch tells every terminal that it begins
         if self._remembers:

@@ -186,7 +186,7 @@ def scale_received(factor: float) -> Call:
         for work in call(sent, received, group):
             work.wait()
         for rank, tensor in enumerate(received):
-            if rank != dist.get_rank(group):
+            if rank != dist.get_rank(group) and tensor.is_floating_point():  # others are counts, or rows with indices
                 tensor *= factor
         return []
 

@@ -178,7 +178,7 @@ PROMISES: dict[str, Callable[[Stand], bool]] = {
 }
 AGREE, EVALUATE, COLLECT = "training/agree.py", "training/evaluate.py", "training/gather.py"
 WAIT, OPEN = Site(AGREE, "wait_for_all", "any_rank"), Site("training/text.py", "open_shared_text", "wait_for_all")
-BEGIN, JOIN = (Site("training/profile.py", f"Profile.{of}", "wait_for_all") for of in ("_start", "close"))
+BEGIN, JOIN = (Site("training/profile.py", f"Profile.{of}", "wait_for_all") for of in ("_begin", "close"))
 LEAVE = Site("parallel/mesh.py", "disconnect", "dist.barrier")
 STOP, HEAR = Site("training/steps.py", "run_steps", "any_rank"), Site(AGREE, "any_rank", "sum_over")
 LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))

@@ -284,7 +284,7 @@ def test_a_planted_call_that_works_passes(control: Break, judge: Callable[[Break
 
 @pytest.mark.parametrize("broken", LOUD, ids=name)
 def test_wrong_sizes_end_the_run(broken: Break) -> None:
-    with pytest.raises(RankError, match="inLengthPerRank"):
+    with pytest.raises(RankError, match="must match the size"):
         run_ranks(prove_broken, 2, [broken])
 
 
