@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, Losses
 from model.linear import WeightGradient
-from model.mark import mark
+from parallel.overlap.backlog import Backlog
 from parallel.overlap.execute import interleave
 from parallel.overlap.program import Program, Tape, finish, name, rewind
 from parallel.pipeline.action import Action, Op, Overlap, parts
@@ -111,6 +111,7 @@ class Training(Work):
         self._split = self._fills | {action[1:] for action in actions if action.op is Op.I}
         self._last = {action.stage: action for action in actions if action.op in (Op.B, Op.W)}
         self._pending: dict[tuple[int, int], Pending] = {}
+        self._backlog = Backlog(self._accumulate)
         self.sums: Sums | None = None
 
     def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
@@ -126,6 +127,7 @@ class Training(Work):
     def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
         """See ``Work``."""
         if self._unrolls:
+            self._backlog.drain()
             return finish(self._rewind(stage, microbatch, gradient))
         x, losses, deferred, _ = self._pending.pop((stage, microbatch))
         assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
@@ -142,29 +144,14 @@ class Training(Work):
         """See ``Work``."""
         if not self._unrolls:
             return super().pair(forward, x, backward, gradient)
-        behind, fills = backward[1:], backward[1:] in self._fills
-        deferred, weights = self._pending[behind].deferred if fills else None, backward._replace(op=Op.W)
-
-        def fill() -> None:
-            # Half of what there is: some for the other program's wait, which comes before there is more.
-            if deferred:
-                with mark(str(weights)):
-                    for _ in range(-(-len(deferred) // 2)):
-                        self._accumulate(deferred.pop(0))
-
-        def rewind_all() -> Program[Tensor | None]:
-            back = yield from name(self._rewind(*behind, gradient), backward)
-            if fills:  # what is left, under the forward's last exchange
-                with mark(str(weights)):
-                    self.weight(*behind)
-            return back
-
-        back, made = interleave((rewind_all(), name(self._unroll(*forward[1:], x), forward)), fill)
+        programs = (name(self._rewind(*backward[1:], gradient), backward), name(self._unroll(*forward[1:], x), forward))
+        back, made = interleave(programs, self._backlog.fill)
         return made, back
 
     @torch.no_grad()
     def weight(self, stage: int, microbatch: int) -> None:
         """See ``Work``."""
+        self._backlog.drain()
         deferred = self._pending.pop((stage, microbatch)).deferred
         assert deferred is not None
         if self._last[stage] == (Op.W, stage, microbatch):
@@ -174,6 +161,7 @@ class Training(Work):
 
     def finished(self, stage: int) -> None:
         """See ``Work``."""
+        self._backlog.drain()
         self._engine.finished(stage)
 
     def allocate(self, microbatch: int) -> Tensor:
@@ -195,8 +183,13 @@ class Training(Work):
         _, losses, deferred, tape = self._pending.pop((stage, microbatch))
         assert tape is not None
         if self._last[stage] == (Op.B, stage, microbatch):
+            self._backlog.drain()
             self._engine.finishing(stage)
-        self._put_off(stage, microbatch, losses, deferred)
+        if (stage, microbatch) in self._fills:
+            assert deferred is not None
+            self._backlog.watch(str(Action(Op.W, stage, microbatch)), deferred)
+        else:
+            self._put_off(stage, microbatch, losses, deferred)
         roots = [losses.total] if gradient is None else [losses.total, gradient]
         # A stage without a loss of its own, and none before it to ask for, has fewer.
         back = yield from rewind(tape, roots[len(roots) - tape[-1].exits :])

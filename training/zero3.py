@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.transformer import Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
@@ -196,7 +195,7 @@ def _partition(model: nn.Module, groups: Groups, config: OptimizerConfig, group:
         gradient_accumulation_dtype=torch.float32,
         communication_data_type=torch.float32,
     )
-    assert isinstance(model, Transformer)
-    for name in ("head.weight", "embedding.weight") if len(model.mtp) else ("head.weight",):
+    predicts_further = any(True for _ in model.get_submodule("mtp").children())
+    for name in ("head.weight", "embedding.weight") if predicts_further else ("head.weight",):
         deepspeed.zero.register_external_parameter(model, model.get_parameter(name))
     return zero
