@@ -30,6 +30,7 @@ from model.batch import Batch, Denominators
 from model.block import Block
 from model.config import AttentionConfig, ModelConfig, MoEConfig
 from model.exchange import LocalExchange
+from parallel.pipeline.idle import Sleeper
 
 TOKENS, HIDDEN, EXPERTS = 512, 512, 8
 WINDOW = 32768  # bytes: at these rates enough, and counts need not wait long behind rows
@@ -62,12 +63,18 @@ class Case(NamedTuple):
     versions: dict[str, Variant]
 
 
-PAIRS = Layout(1, 4, "interleaved_1f1b_overlap", 1, 16)
+PAIRS = Layout(1, 4, "interleaved_1f1b_overlap", 1, 32)
 CASES = {
     "pairs": Case(PAIRS, Variant(False), {"pairs": Variant(True)}),
-    "dualpipev": Case(Layout(2, 2, "dualpipev", 4, 6), Variant(False), {"pairs": Variant(True)}),
-    "pieces": Case(PAIRS._replace(schedule="1f1b"), Variant(False), {f"{n} pieces": Variant(False, n) for n in (2, 4)}),
-    "shared": Case(PAIRS._replace(schedule="1f1b"), Variant(False), {"shared": Variant(False, shared=True)}),
+    "dualpipev": Case(Layout(2, 2, "dualpipev", 4, 12), Variant(False), {"pairs": Variant(True)}),
+    "pieces": Case(
+        PAIRS._replace(schedule="1f1b", microbatches=6),
+        Variant(False),
+        {f"{n} pieces": Variant(False, n) for n in (2, 4)},
+    ),
+    "shared": Case(
+        PAIRS._replace(schedule="1f1b", microbatches=6), Variant(False), {"shared": Variant(False, shared=True)}
+    ),
 }
 
 
@@ -100,7 +107,7 @@ class Bare:
         pass
 
 
-class Sleeper:
+class Rank:
     """A rank of a layout whose blocks sleep."""
 
     def __init__(self, layout: Layout) -> None:
@@ -125,7 +132,8 @@ class Sleeper:
         self.stages, _ = build_stages(self.config, torch.bfloat16, 0, self.mesh, arranged, OverlapConfig())
         shapes = shape_activations(self.config, TOKENS, torch.bfloat16, self.mesh)
         self.runner = Runner(self.parallel, arranged, shapes, self.mesh)
-        self.naps = Naps(Seconds(0.0), Seconds(0.0), Seconds(0.0))
+        sleeper = Sleeper()
+        self.naps = Naps(Seconds(sleeper), Seconds(sleeper), Seconds(sleeper))
         ids = torch.zeros(1, TOKENS + 1, dtype=torch.int64)
         self.batches = [
             Batch(ids.clone(), torch.ones_like(ids, dtype=torch.bool), None) for _ in range(layout.microbatches)
@@ -162,11 +170,11 @@ def measure(rank: int, world: int, store: Path, links: Links, name: str, options
     torch.set_num_threads(1)
     connect(torch.device("cpu"), rank, world, store)
     case = CASES[name]
-    sleeper = Sleeper(case.layout)
+    sleeping = Rank(case.layout)
     shape(rank, links, options.base)
     # A segment's forward lasts so long that at the base rate communication takes ``ratio`` of computation.
-    alone = median(sleeper.step(case.without, 0.0) for _ in range(4))
-    ones = sleeper.step(case.without, 1e-3, sends=False) - sleeper.step(case.without, 0.0, sends=False)
+    alone = median(sleeping.step(case.without, 0.0) for _ in range(4))
+    ones = sleeping.step(case.without, 1e-3, sends=False) - sleeping.step(case.without, 0.0, sends=False)
     unit = torch.tensor(alone / options.ratio / ones * 1e-3)
     dist.broadcast(unit, 0)
     if rank == 0:
@@ -180,7 +188,7 @@ def measure(rank: int, world: int, store: Path, links: Links, name: str, options
         print("".join(f" |{version:>10}{'exposed':>8}" for version in case.versions), flush=True)
     for rate in options.rates or RATES:
         shape(rank, links, rate)
-        row = measure_rate(sleeper, case, unit.item(), options.rounds)
+        row = measure_rate(sleeping, case, unit.item(), options.rounds)
         if rank == 0:
             show(rate, row)
     disconnect()
@@ -194,13 +202,13 @@ def shape(rank: int, links: Links, rate: float | None) -> None:
     dist.barrier()
 
 
-def measure_rate(sleeper: Sleeper, case: Case, unit: float, rounds: int) -> list[float]:
+def measure_rate(sleeping: Rank, case: Case, unit: float, rounds: int) -> list[float]:
     """Median seconds: computation, communication, the step without, and with every version."""
     contenders: list[Callable[[], float]] = [
-        lambda: sleeper.step(case.without, unit, sends=False),
-        lambda: sleeper.step(case.without, 0.0),
-        lambda: sleeper.step(case.without, unit),
-        *((lambda version=version: sleeper.step(version, unit)) for version in case.versions.values()),
+        lambda: sleeping.step(case.without, unit, sends=False),
+        lambda: sleeping.step(case.without, 0.0),
+        lambda: sleeping.step(case.without, unit),
+        *((lambda version=version: sleeping.step(version, unit)) for version in case.versions.values()),
     ]
     taken = [[step() for step in contenders] for _ in range(rounds + 1)][1:]
     return [median(times) for times in zip(*taken, strict=True)]

@@ -7,7 +7,7 @@ A rank that sleeps leaves its processor to others and to whoever moves bytes, so
 had a machine of its own. Input and weight gradients take as long as a forward each; weight gradients may be put off.
 """
 
-from time import sleep
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from model.exchange import Arrived
 from model.linear import Deferred, WeightGradient
 from model.router import Routing
 from model.transformer import Transformer
+from parallel.pipeline.idle import Sleeper
 
 PARTS = 4  # weight gradients of a segment
 
@@ -26,32 +27,37 @@ PARTS = 4  # weight gradients of a segment
 class Seconds:
     """How long a segment takes, which may be changed between steps."""
 
-    def __init__(self, value: float) -> None:
-        self.value = value
+    def __init__(self, sleeper: Sleeper) -> None:
+        self.value, self._sleeper = 0.0, sleeper
+
+    def rest(self, share: float = 1.0) -> None:
+        """Sleeps for a share of it."""
+        if self.value:
+            self._sleeper.sleep(self.value * share)
 
 
 class Nap(torch.autograd.Function):
     """Passes a tensor on after a while, there and back; the weight gradients come in ``PARTS`` of as long together."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float, deferred: Deferred) -> Tensor:
-        ctx.seconds, ctx.deferred, ctx.weight = seconds, deferred, weight
-        sleep(seconds)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, nap: Callable[[float], None], deferred: Deferred) -> Tensor:
+        ctx.nap, ctx.deferred, ctx.weight = nap, deferred, weight
+        nap(1.0)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        seconds, weight = ctx.seconds, ctx.weight
-        sleep(seconds)
+        nap, weight = ctx.nap, ctx.weight
+        nap(1.0)
 
         def compute() -> Tensor:
-            sleep(seconds / PARTS)
+            nap(1.0 / PARTS)
             return torch.zeros_like(weight)
 
         if ctx.deferred is not None:
             ctx.deferred.extend([WeightGradient(weight, compute)] * PARTS)
             return g, None, None, None
-        sleep(seconds)
+        nap(1.0)
         return g, torch.zeros_like(weight), None, None
 
 
@@ -64,7 +70,7 @@ class Asleep(nn.Module):
 
     def rest(self, x: Tensor, deferred: Deferred) -> Tensor:
         """``x``, later."""
-        return Nap.apply(x, self.weight, self.nap.value * self.share, deferred)
+        return Nap.apply(x, self.weight, lambda part: self.nap.rest(part * self.share), deferred)
 
 
 class Attention(Asleep):

@@ -57,25 +57,35 @@ class Nothing(Work):
         """The time of an action."""
 
 
-class Waiting(Nothing):
-    """The same, but an action takes its time.
+class Sleeper:
+    """Sleeps for a time that is right in the mean.
 
-    Sleepers wake late, by what the machine has else to do. So the lateness is learnt, and they lie down for less: it is
-    the mean of an action's time that is right. To be kept from step to step.
+    Sleepers wake late, by what the machine has else to do. So the lateness is learnt, and they lie down for less. To be
+    kept from step to step.
     """
+
+    def __init__(self) -> None:
+        self._late = 0.0  # seconds by which a sleeper wakes late
+
+    def sleep(self, seconds: float) -> None:
+        """Returns when ``seconds``, counted from now, are over."""
+        start = perf_counter()
+        sleep(max(0.0, seconds - self._late))
+        late = perf_counter() - start - seconds
+        self._late += RATE * min(max(late, -LIMIT), LIMIT)
+
+
+class Waiting(Nothing):
+    """The same, but an action takes its time."""
 
     def __init__(self, stages: int, seconds: Mapping[Action, float]) -> None:
         """``seconds``: how long each action takes."""
         super().__init__(stages)
-        self._seconds = seconds
-        self._late = 0.0  # seconds by which a sleeper wakes late
+        self._seconds, self._sleeper = seconds, Sleeper()
 
     def spend(self, action: Action) -> None:
-        """Sleeps until the time of ``action``, counted from now, is over."""
-        start, seconds = perf_counter(), self._seconds[action]
-        sleep(max(0.0, seconds - self._late))
-        late = perf_counter() - start - seconds
-        self._late += RATE * min(max(late, -LIMIT), LIMIT)
+        """Sleeps until the time of ``action`` is over."""
+        self._sleeper.sleep(self._seconds[action])
 
 
 def time_actions(schedule: Schedule, cost: Cost, second: float) -> dict[Action, float]:
