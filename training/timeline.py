@@ -95,7 +95,7 @@ def look(trace: Raw, origin: int) -> Seen:
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
     marked = [event for event in events if event.get("cat") == "user_annotation"]
     steps, turns, pairs = (list(_ranges(marked, pattern)) for pattern in (STEP, ACTION, PAIR))
-    actions = Marks(_leaves(turns))
+    actions = Marks(_innermost(turns))
     forward = [
         Piece(each.name, _name(actions.find(each.start)), each.start, each.end)
         for each in _qualify(list(_ranges(marked, SEGMENT)))
@@ -104,8 +104,8 @@ def look(trace: Raw, origin: int) -> Seen:
     pieces += [Piece("weights", each.name, each.start, each.end) for each in actions.ranges if "W" in each.name]
     pieces.sort(key=lambda piece: piece.start)
     waits = [each for each in _ranges(marked, FLIGHT) if each.name.startswith("land")]
-    outer = [*pairs, *(each for each in turns if not any(pair.holds(each.start) for pair in pairs))]
-    return Seen(steps, sorted(outer, key=lambda each: each.start), pieces, waits,
+    outer = _outermost([*pairs, *turns])
+    return Seen(steps, outer, pieces, waits,
                 find_transfers(events, Marks(pieces)), _find_memory(events))  # fmt: skip
 
 
@@ -242,11 +242,33 @@ def _ranges(events: Iterable[Raw], pattern: str) -> Iterator[Range]:
             yield Range(event["name"], event["ts"], event["ts"] + event["dur"])
 
 
-def _leaves(ranges: Sequence[Any]) -> Iterator[Any]:
-    """Those of nested ``ranges``, in the order of their starts, that have none inside."""
-    for each, after in zip(ranges, [*ranges, None][1:], strict=True):
-        if after is None or after.start >= each.end:
-            yield each
+def _outermost(ranges: Sequence[Range]) -> list[Range]:
+    """Those that lie in no other, in order."""
+    found: list[Range] = []
+    for each in sorted(ranges, key=lambda each: (each.start, -each.end)):
+        if not found or each.start >= found[-1].end:
+            found.append(each)
+    return found
+
+
+def _innermost(ranges: Sequence[Any]) -> Iterator[Any]:
+    """Nested ``ranges``, in the order of their starts, without the time that ranges inside them take."""
+    open_: list[Any] = []  # each with what is left of it
+
+    def close(until: float) -> Iterator[Any]:
+        while open_ and open_[-1].end <= until:
+            done = open_.pop()
+            if done.start < done.end:
+                yield done
+            if open_:
+                open_[-1] = open_[-1]._replace(start=done.end)
+
+    for each in ranges:
+        yield from close(each.start)
+        if open_ and open_[-1].start < each.start:
+            yield open_[-1]._replace(end=each.start)
+        open_.append(each)
+    yield from close(float("inf"))
 
 
 def _qualify(ranges: Sequence[Range]) -> Iterator[Range]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from parallel.build import build_stages
 from parallel.config import PipelineConfig
 from parallel.mesh import Mesh, Traffic
-from parallel.pipeline.action import StageMap, parts
+from parallel.pipeline.action import StageMap
 from parallel.pipeline.lower import lower
 from parallel.pipeline.plan import schedule_of
 from parallel.pipeline.run import WINDOW, Interpreter, Work
@@ -123,7 +123,7 @@ def watch(rank: int, world: int, case: Case) -> tuple[list[Span], list[int]]:
 def test_what_ran_when_is_recorded_and_nothing_is_held_after_a_step(schedule: str) -> None:
     case = make_case(schedule, mtp=1)
     for rank, (spans, held) in enumerate(run_ranks(watch, 2, case)):
-        planned = [part for compute in schedule_of(case.parallel, 4).lists[rank] for part in parts(compute)]
+        planned = list(schedule_of(case.parallel, 4).lists[rank])
         assert [span.action for span in spans] == planned and {span.rank for span in spans} == {rank}
         assert all(0 <= span.start < span.end for span in spans)
         assert all(before.end <= after.start for before, after in pairwise(spans))

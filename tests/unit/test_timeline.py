@@ -13,7 +13,7 @@ from model.mark import NOTHING, mark
 from training.config import ProfileConfig
 from training.loop import train
 from training.metrics import read
-from training.timeline import Piece, Range, Seen, find_peak, list_events, look, thin
+from training.timeline import Piece, Range, Seen, _innermost, find_peak, list_events, look, thin
 
 
 @pytest.mark.parametrize(
@@ -159,3 +159,11 @@ def test_a_step_in_which_nothing_happens() -> None:
     seen = look({"traceEvents": [event("step 1", 0, 200)]}, 0)
     assert seen == Seen([Range("step 1", 0, 200)], [], [], [], [], [])
     assert [each["name"] for each in list_events(3, seen) if each["ph"] == "X"] == ["step 1"]
+
+
+def test_what_is_nested_takes_its_time_from_what_is_around_it() -> None:
+    whole, first, second = Range("0B3", 0, 10), Range("0W2", 1, 2), Range("0W2", 2, 4)
+    found = [(each.name, each.start, each.end) for each in _innermost([whole, first, second, Range("0F4", 11, 12)])]
+    assert sorted(found, key=lambda each: each[1]) == [
+        ("0B3", 0, 1), ("0W2", 1, 2), ("0W2", 2, 4), ("0B3", 4, 10), ("0F4", 11, 12),
+    ]  # fmt: skip
