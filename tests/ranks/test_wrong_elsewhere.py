@@ -202,7 +202,7 @@ def normalise_by_ranks(patch: Patch, mesh: Mesh) -> None:
             return pending
         result = pending.wait()
         result[0] /= group.size()
-        return type(pending)(None, lambda: result)
+        return type(pending)((), lambda: result)
 
     patch.setattr(loss, "all_reduce", mean)
 
