@@ -36,7 +36,7 @@ class Unrolled(NamedTuple):
 
 
 def run(segments: Sequence[Segment], carry: Any, context: Context) -> Program[Unrolled]:
-    """The forward of ``segments`` from ``carry``. Its history is on the tape: what it makes need not be kept for that."""
+    """The forward of ``segments`` from ``carry``. Its history is on the tape: what it makes need not be kept."""
     anchor = torch.empty(0, requires_grad=True)
     tape = [Stretch()]
     carry = tape[0].enter(carry, anchor)
