@@ -119,7 +119,13 @@ def record(rank: int, world: int, config: ModelConfig, pieces: int) -> list[tupl
     return found
 
 
-@pytest.mark.parametrize(("recompute", "pieces"), [(Recompute.none, 1), (Recompute.selective, 1), (Recompute.none, 2)])
+@pytest.mark.parametrize(
+    ("recompute", "pieces"),
+    [
+        (Recompute.none, 1),
+        *(pytest.param(*wide, marks=pytest.mark.full) for wide in ((Recompute.selective, 1), (Recompute.none, 2))),
+    ],
+)
 def test_whatever_one_lane_reads_of_the_other_was_waited_for(recompute: Recompute, pieces: int) -> None:
     config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
     for ways in run_ranks(record, 2, config, pieces):
