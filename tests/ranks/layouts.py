@@ -170,6 +170,7 @@ def make_case(choice: Choice, seed: int) -> Case:
         documents=choice["documents"],
         crowded=choice["crowded"],
         rebalance=choice["rebalance"],
+        steps=2,  # the second starts from what the first has made: weights, biases, moments, moved experts
         seed=seed,
     )
 

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +15,9 @@ from training.proof.case import Case
 from training.proof.prove import prove
 from training.proof.report import Report
 
-FEW = [replace(case, steps=2) for case in draw_layouts(seed=7, count=24, ranks=range(2, 5), most_tp=2)]
+FEW = draw_layouts(seed=7, count=24, ranks=range(2, 5), most_tp=2)
 MANY = draw_layouts(seed=1, count=60, ranks=range(2, 9), most_tp=8)
-FEW_PIPED = [
-    replace(case, steps=2) for case in draw_layouts(seed=2, count=20, ranks=range(2, 5), most_tp=2, stages=range(2, 5))
-]
+FEW_PIPED = draw_layouts(seed=2, count=20, ranks=range(2, 5), most_tp=2, stages=range(2, 5))
 MANY_PIPED = draw_layouts(seed=3, count=60, ranks=range(2, 9), most_tp=4, stages=range(2, 5))
 FOLDED = draw_layouts(seed=4, count=8, ranks=range(1, 5), most_tp=2, stages=range(1, 2))  # all stages on one rank
 
