@@ -1,6 +1,6 @@
 """How much of communication shows in a step, without overlap and with it, on links from fast to slow.
 
-    python benchmarks/overlap.py pairs dualpipev pieces shared     computation is waiting (benchmarks/waiting.py)
+    python benchmarks/overlap.py pairs alone dualpipev pieces shared     computation is waiting (benchmarks/waiting.py)
 
 Of every rate of the links, in one run and interleaved, the median step with C computation alone (nothing is sent), K
 communication alone (nothing is computed), without overlap, and with it, from which
@@ -63,10 +63,12 @@ class Case(NamedTuple):
     versions: dict[str, Variant]
 
 
-PAIRS = Layout(1, 4, "interleaved_1f1b_overlap", 1, 32)
+MICROBATCHES = 32
+PAIRS = Layout(1, 4, "interleaved_1f1b_overlap", 1, MICROBATCHES)
 CASES = {
     "pairs": Case(PAIRS, Variant(False), {"pairs": Variant(True)}),
-    "dualpipev": Case(Layout(2, 2, "dualpipev", 4, 12), Variant(False), {"pairs": Variant(True)}),
+    "alone": Case(PAIRS._replace(schedule="1f1b"), Variant(False), {"gradients": Variant(True)}),
+    "dualpipev": Case(Layout(2, 2, "dualpipev", 4, MICROBATCHES), Variant(False), {"pairs": Variant(True)}),
     "pieces": Case(
         PAIRS._replace(schedule="1f1b", microbatches=6),
         Variant(False),

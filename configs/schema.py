@@ -57,7 +57,7 @@ class TrainConfig:
         check_pipeline(self.model, p)
         check_overlap(p, self.run.device)
         if p.pipeline.file is None:
-            name = p.pipeline.schedule
+            name = p.schedule
             check_compile(self.run.compile, f"parallel.pipeline.schedule={name}", SCHEDULES[name].splits)
         if p.dp is None:  # known once the ranks are: checked again at start
             check_model(self.model, length, p)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from configs.schema import RunConfig, Verify
 from launcher import proofs, trial
 from launcher.invocation import Invocation
-from parallel.config import PipelineConfig, name_schedule
+from parallel.config import ParallelConfig
 from parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def admit(config: RunConfig, topology: Topology, invocation: Invocation) -> dict
     """
     if topology.world == 1:
         return None
-    layout = describe(topology, config.parallel.engine, config.parallel.pipeline)
+    layout = describe(topology, config.parallel)
     if config.verify is Verify.skip:
         print(f"verify=skip: {layout} starts without a proof", flush=True)
         return {"verify": "skip"}
@@ -55,11 +55,11 @@ def admit(config: RunConfig, topology: Topology, invocation: Invocation) -> dict
     return {"verify": str(config.verify), **proofs.write(proof), "unproved": shrunk.unproved}
 
 
-def describe(topology: Topology, engine: str, pipeline: PipelineConfig) -> str:
+def describe(topology: Topology, parallel: ParallelConfig) -> str:
     """A layout in words."""
     axes = ("pp", "dp", "tp", "ep") if topology.pp > 1 else ("dp", "tp", "ep")
-    schedule = f", {name_schedule(pipeline)}" if topology.pp > 1 else ""
-    return f"{' '.join(f'{axis}={getattr(topology, axis)}' for axis in axes)}{schedule}, engine {engine}"
+    schedule = f", {parallel.name_schedule()}" if topology.pp > 1 else ""
+    return f"{' '.join(f'{axis}={getattr(topology, axis)}' for axis in axes)}{schedule}, engine {parallel.engine}"
 
 
 def _prove(layout: str, shrunk: "Shrunk", key: str, config: RunConfig) -> proofs.Proof:

@@ -13,7 +13,6 @@ from configs.schema import RunConfig
 from launcher import cli
 from launcher.invocation import Invocation
 from launcher.ranks import check_layout
-from parallel.config import name_schedule
 from parallel.topology import Axis, Topology
 from parallel.traffic import GROUPS
 from training.ramp import count_microbatches
@@ -64,9 +63,7 @@ def describe_world(config: RunConfig, topology: Topology) -> list[str]:
     ]
     if topology.pp > 1:
         count = count_microbatches(run.global_batch, run.micro_batch, topology.dp)
-        lines.append(
-            f"  pp  {name_schedule(config.parallel.pipeline)} over {topology.pp} ranks, {count} micro-batches a step"
-        )
+        lines.append(f"  pp  {config.parallel.name_schedule()} over {topology.pp} ranks, {count} micro-batches a step")
     if model.moe.experts:
         lines.append(
             f"  ep  a rank has {model.moe.experts // topology.ep} of {model.moe.experts} routed experts a layer; "

@@ -31,7 +31,7 @@ def run(config: RunConfig, invocation: Invocation) -> int:
     verdicts = trial.start(shrunk.cases)
     for name, verdict in verdicts.items():
         case = shrunk.cases[name]
-        print(f"{gate.describe(case.topology, case.engine, case.pipeline)}, {name}\n{verdict}")
+        print(f"{gate.describe(case.topology, case.parallel)}, {name}\n{verdict}")
     said, proof = gate.settle(shrunk, key, verdicts, config)
     print(
         "the numbers are NOT those of the plain model" if proof is None else "the numbers are those of the plain model"

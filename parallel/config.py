@@ -22,7 +22,7 @@ class EngineName(StrEnum):
 class PipelineConfig:
     """How ranks share the work of a step: ``shoestring schedule`` shows it before it runs."""
 
-    schedule: ScheduleName = ScheduleName["1f1b"]  # which rank computes what when
+    schedule: ScheduleName | None = None  # which rank computes what when; null: what suits the layout, docs/pipeline.md
     virtual: int = 1  # stages a rank, where the schedule takes any number
     layers: tuple[int, ...] | None = None  # of each stage; null: such that stages cost about the same
     file: str | None = None  # a schedule of your own, a line a rank, in place of schedule and virtual
@@ -35,13 +35,6 @@ class PipelineConfig:
                 f"parallel.pipeline.virtual={self.virtual} must be left out: parallel.pipeline.file={self.file} says "
                 "what each rank does"
             )
-
-
-def name_schedule(pipeline: PipelineConfig) -> str:
-    """The schedule in words."""
-    if pipeline.file is not None:
-        return f"the schedule of {pipeline.file}"
-    return pipeline.schedule + (f" of {pipeline.virtual} stages a rank" if pipeline.virtual > 1 else "")
 
 
 class TensorOverlap(StrEnum):
@@ -57,7 +50,7 @@ class TensorOverlap(StrEnum):
 class OverlapConfig:
     """What is sent while something else is computed."""
 
-    pairs: bool = True  # the pairs of a schedule go together, one computing while the other sends; else in turns
+    experts: bool = True  # tokens travel to experts while pairs of a schedule, or weight gradients, are computed
     tensor: TensorOverlap = TensorOverlap.auto  # exchanges of tp and the products beside them
     pieces: int = 1  # in which tokens go to their experts, who start on the first
 
@@ -97,6 +90,31 @@ class ParallelConfig:
         if self.cp > 1:
             raise ValueError(f"parallel.cp={self.cp} must be 1: there is no context parallelism yet")
 
+    @property
+    def schedule(self) -> ScheduleName:
+        """Of the pipeline, whose file is not asked. Where nothing is said, by what the layout sends:
+
+            experts on other ranks, and one rank or several stages a rank      interleaved_1f1b_overlap
+            several stages a rank                                              interleaved_1f1b
+            else                                                               1f1b
+
+        A pair costs the activations of one more micro-batch. With several ranks of one stage each it would be P more,
+        and weight gradients alone hide what they can; engines other than native run no pairs.
+        """
+        p = self.pipeline
+        if p.schedule is not None:
+            return p.schedule
+        paired = self.ep > 1 and self.engine is EngineName.native and (self.pp == 1 or p.virtual > 1)
+        rule = "interleaved_1f1b_overlap" if paired else "interleaved_1f1b" if p.virtual > 1 else "1f1b"
+        return ScheduleName[rule]
+
+    def name_schedule(self) -> str:
+        """The schedule in words."""
+        p = self.pipeline
+        if p.file is not None:
+            return f"the schedule of {p.file}"
+        return self.schedule + (f" of {p.virtual} stages a rank" if p.virtual > 1 else "")
+
     def _check_zero3(self) -> None:
         """What DeepSpeed's ZeRO-3 runs: replicas of one stage that hold everything alike."""
         if self.engine is not EngineName.zero3:
@@ -107,15 +125,15 @@ class ParallelConfig:
                     f"parallel.{axis}={degree} must be 1 with parallel.engine=zero3: DeepSpeed's ZeRO-3 knows one "
                     "group of ranks, which hold everything alike; take fsdp2"
                 )
-        if self.pipeline.schedule != "1f1b":
+        if self.schedule != "1f1b":
             raise ValueError(
-                f"parallel.pipeline.schedule={self.pipeline.schedule} must be 1f1b with parallel.engine=zero3: it "
+                f"parallel.pipeline.schedule={self.schedule} must be 1f1b with parallel.engine=zero3: it "
                 "gathers weights in the order of a forward and its own backward"
             )
 
     def _check_pipeline(self) -> None:
         """What of a pipeline goes with which engine, and with moving experts."""
-        schedule, file = self.pipeline.schedule, self.pipeline.file
+        schedule, file = self.schedule, self.pipeline.file
         if self.engine is not EngineName.native and file is not None:
             raise ValueError(
                 f"parallel.pipeline.file={file} must be left out with parallel.engine={self.engine}: only native runs "

@@ -71,8 +71,8 @@ def check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     p = parallel.pipeline
     if p.file is None:
         # As many micro-batches as any schedule wants.
-        check_schedule(p.schedule, parallel.pp, 2 * parallel.pp, p.virtual)
-        divide(model, SCHEDULES[p.schedule].stages(parallel.pp, p.virtual), p.layers)
+        check_schedule(parallel.schedule, parallel.pp, 2 * parallel.pp, p.virtual)
+        divide(model, SCHEDULES[parallel.schedule].stages(parallel.pp, p.virtual), p.layers)
 
 
 def _divisors(number: int, degree: int) -> str:

@@ -42,9 +42,9 @@ def decide_compile(config: TrainConfig, device_type: str) -> tuple[bool, str]:
             raise ValueError(f"run.compile=on needs parallel.engine=native; {engine} takes modules over as they are")
         return False, f"eager: parallel.engine={engine}"
     if splits_backward(config.parallel):
-        pipeline = config.parallel.pipeline
-        check_compile(config.run.compile, f"the schedule {pipeline.file or pipeline.schedule}", splits=True)
-        return False, f"eager: {pipeline.file or pipeline.schedule} splits backwards"
+        name = config.parallel.pipeline.file or config.parallel.schedule
+        check_compile(config.run.compile, f"the schedule {name}", splits=True)
+        return False, f"eager: {name} splits backwards"
     missing = _find_missing(device_type)
     if config.run.compile is Compile.on:
         if missing:

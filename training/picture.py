@@ -11,7 +11,6 @@ that differ.
 from pathlib import Path
 
 from configs.schema import TrainConfig
-from parallel.config import name_schedule
 from parallel.mesh import Axis, Mesh
 from parallel.pipeline.draw import write_svg
 from parallel.pipeline.plan import divide_model
@@ -31,7 +30,7 @@ def simulate_step(config: TrainConfig, mesh: Mesh) -> Timeline:
 def describe_schedule(timeline: Timeline, config: TrainConfig) -> dict[str, object]:
     """For the record: the schedule, and the largest share of a step in which a rank has no work."""
     return {
-        "schedule": name_schedule(config.parallel.pipeline),
+        "schedule": config.parallel.name_schedule(),
         "stages": timeline.schedule.stages,
         "micro_batches": timeline.schedule.microbatches,
         "bubble": float(max(timeline.bubbles)) / float(timeline.makespan),

@@ -11,7 +11,7 @@ import torch
 from configs.schema import TrainConfig
 from model.batch import Batch, Denominators
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import EngineName, ParallelConfig
 from parallel.mesh import Axis, Mesh, Traffic
 from parallel.pipeline.plan import Pipeline, evaluation, program
 from parallel.pipeline.run import Interpreter, Span
@@ -27,7 +27,8 @@ class Runner:
         self, parallel: ParallelConfig, pipeline: Pipeline, shapes: Shapes, mesh: Mesh, compiled: bool = False
     ) -> None:
         """``compiled`` segments compute all gradients at once."""
-        self._mode = Mode(parallel.overlap.pairs, fill=not compiled)
+        alone = parallel.ep > 1 and parallel.engine is EngineName.native
+        self._mode = Mode(parallel.overlap.experts, fill=not compiled, alone=alone)
         self.pipeline, self._parallel, self._shapes = pipeline, parallel, shapes
         self._place = mesh.coordinate(Axis.pp)
         self._interpreter = Interpreter(mesh.group(Axis.pp, Traffic.pipeline), self._place)

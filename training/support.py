@@ -43,7 +43,8 @@ def check_microbatches(parallel: ParallelConfig, run: RunSection, sequence_lengt
     p = parallel.pipeline
     if p.file is not None:
         return
-    try_batches(run, sequence_length, replicas, lambda count: check_schedule(p.schedule, parallel.pp, count, p.virtual))
+    name = parallel.schedule
+    try_batches(run, sequence_length, replicas, lambda count: check_schedule(name, parallel.pp, count, p.virtual))
 
 
 def try_batches(run: RunSection, sequence_length: int, replicas: int, take: Callable[[int], object]) -> None:

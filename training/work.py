@@ -5,6 +5,9 @@
     I   the same, with the large weight gradients put off
     W   computes them, in the order in which they were put off
 
+Where tokens travel, all of these are programs (parallel/overlap/program.py). A backward then leaves its weight
+gradients to its waits and those of what comes next, and a forward and a backward that a schedule pairs take turns.
+
 Between its F and its B a micro-batch keeps what autograd keeps; every stage but the last gives away its output at once.
 Shapes: an activation is [B, S / (cp tp), H].
 """
@@ -19,7 +22,7 @@ from model.batch import Batch, Denominators, Losses
 from model.linear import WeightGradient
 from parallel.overlap.backlog import Backlog
 from parallel.overlap.execute import interleave
-from parallel.overlap.program import Program, Tape, finish, name, rewind
+from parallel.overlap.program import Program, Tape, name, rewind
 from parallel.pipeline.action import Action, Op, Overlap, parts
 from parallel.pipeline.lower import Exchange, Step
 from parallel.pipeline.run import Work
@@ -71,10 +74,11 @@ class Shapes(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """How pairs of a schedule are run."""
+    """What is done while something is on its way."""
 
-    overlap: bool = True  # together; else one after the other
-    fill: bool = True  # the backward's weight gradients are put off, for when nothing else is to be done
+    overlap: bool = True  # the other half of a pair; else nothing at all
+    fill: bool = True  # weight gradients of backwards, which are put off for that
+    alone: bool = True  # the latter also in a step without a pair
 
 
 class Pending(NamedTuple):
@@ -87,11 +91,7 @@ class Pending(NamedTuple):
 
 
 class Training(Work):
-    """Forward and backward of a step's micro-batches; ``sums`` when they are done.
-
-    Where a schedule pairs a forward with a backward, both are programs (parallel/overlap/program.py), and everywhere
-    else in its step too.
-    """
+    """Forward and backward of a step's micro-batches; ``sums`` when they are done."""
 
     def __init__(
         self,
@@ -103,11 +103,12 @@ class Training(Work):
         mode: Mode,
     ) -> None:
         self._engine, self._batches, self._denominators, self._shapes = engine, batches, denominators, shapes
-        pairs = [step for step in steps if isinstance(step, Overlap)] if mode.overlap else []
+        pairs = any(isinstance(step, Overlap) for step in steps)
         actions = [action for step in steps if not isinstance(step, Exchange) for action in parts(step)]
-        self._unrolls = bool(pairs)
-        self._fills = {pair.backward[1:] for pair in pairs if pair.backward.op is Op.B} if mode.fill else set()
-        # Whose weight gradients are put off.
+        self._unrolls = mode.overlap and (pairs or (mode.fill and mode.alone))
+        fills = self._unrolls and mode.fill
+        self._fills = {action[1:] for action in actions if action.op is Op.B} if fills else set()
+        # Whose weight gradients are put off; those of an I until its W.
         self._split = self._fills | {action[1:] for action in actions if action.op is Op.I}
         self._last = {action.stage: action for action in actions if action.op in (Op.B, Op.W)}
         self._pending: dict[tuple[int, int], Pending] = {}
@@ -117,7 +118,7 @@ class Training(Work):
     def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
         """See ``Work``."""
         if self._unrolls:
-            return finish(self._unroll(stage, microbatch, x))
+            return self._alone(self._unroll(stage, microbatch, x))
         x = None if x is None else x.requires_grad_()
         deferred: list[WeightGradient] | None = [] if (stage, microbatch) in self._split else None
         losses: Losses = self._engine.forward(stage, self._batches[microbatch], self._denominators, deferred, x)
@@ -127,8 +128,7 @@ class Training(Work):
     def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
         """See ``Work``."""
         if self._unrolls:
-            self._backlog.drain()
-            return finish(self._rewind(stage, microbatch, gradient))
+            return self._alone(self._rewind(stage, microbatch, gradient))
         x, losses, deferred, _ = self._pending.pop((stage, microbatch))
         assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
         hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
@@ -167,6 +167,10 @@ class Training(Work):
     def allocate(self, microbatch: int) -> Tensor:
         """See ``Work``."""
         return self._shapes.allocate(self._batches[microbatch])
+
+    def _alone(self, program: Program[Tensor | None]) -> Tensor | None:
+        """Runs what is not paired."""
+        return interleave([program], self._backlog.fill)[0]
 
     def _unroll(self, stage: int, microbatch: int, x: Tensor | None) -> Program[Tensor | None]:
         """The forward as a program."""

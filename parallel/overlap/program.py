@@ -80,12 +80,3 @@ def name(program: Program[T], called: object) -> Program[T]:
             except StopIteration as end:
                 return end.value
         yield wait
-
-
-def finish(program: Program[T]) -> T:
-    """Runs ``program`` to its end without stopping."""
-    while True:
-        try:
-            next(program)
-        except StopIteration as end:
-            return end.value

@@ -52,13 +52,13 @@ def _load(file: str, ranks: int, microbatches: int) -> Schedule:
 def schedule_of(parallel: ParallelConfig, microbatches: int) -> Schedule:
     """What a step of ``microbatches`` follows. ValueError as in ``make_schedule``."""
     p = parallel.pipeline
-    return make_schedule(p.schedule, p.file, parallel.pp, microbatches, p.virtual)
+    return make_schedule(parallel.schedule, p.file, parallel.pp, microbatches, p.virtual)
 
 
 def program(parallel: ParallelConfig, microbatches: int) -> Program:
     """The programs of a step of ``microbatches``."""
     p = parallel.pipeline
-    return _make_program(p.schedule, p.file, parallel.pp, microbatches, p.virtual)
+    return _make_program(parallel.schedule, p.file, parallel.pp, microbatches, p.virtual)
 
 
 @cache
@@ -97,7 +97,7 @@ def splits_backward(parallel: ParallelConfig) -> bool:
     """Whether weight gradients are computed apart from input gradients. ValueError for a file that is no schedule."""
     p = parallel.pipeline
     if p.file is None:
-        return SCHEDULES[p.schedule].splits
+        return SCHEDULES[parallel.schedule].splits
     return _has(text.load(Path(p.file)), Op.W)
 
 

@@ -38,13 +38,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "clip": (0.3, 0.0),
     "schedule": ("1f1b", "interleaved_1f1b_overlap"),
     "pieces": (1, 2, 3),
+    "overlapped": (True, False),
 }
-ONE_STAGE = {"virtual": 1, "pairs": True, "divided": "by cost", "spare": 1}  # and dense layers beside a routed one
+ONE_STAGE = {"virtual": 1, "divided": "by cost", "spare": 1}  # and dense layers beside a routed one
 PIPED: dict[str, tuple[Any, ...]] = {
     **CHOICES,
     "accumulation": (3, 4, 5, 8),
     "schedule": tuple(SCHEDULES),
-    "pairs": (True, False),
     "virtual": (1, 2, 3),
     "divided": ("by cost", "as drawn"),
     "spare": (0, 1, 2),  # layers more than stages
@@ -163,7 +163,7 @@ def make_case(choice: Choice, seed: int) -> Case:
             virtual=choice["virtual"],
             layers=divide(layers, stages, seed) if choice["divided"] == "as drawn" else None,
         ),
-        overlap=OverlapConfig(pairs=choice["pairs"], pieces=choice["pieces"], tensor=choice["tensor"]),
+        overlap=OverlapConfig(experts=choice["overlapped"], pieces=choice["pieces"], tensor=choice["tensor"]),
         micro_batch=choice["micro_batch"],
         accumulation=max(choice["accumulation"], 3 - min(topology.dp, 2)),  # two micro-batches at least, here or there
         length=next(length for length in (8, 12, 10, 14) if length % topology.tp == 0),
@@ -187,7 +187,7 @@ def describe(case: Case) -> str:
     t, model, pipeline = case.topology, case.model, case.pipeline
     layers = "" if pipeline.layers is None else f" {pipeline.layers}"
     words = [
-        f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}{'' if case.overlap.pairs else ' in turns'}",
+        f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}{'' if case.overlap.experts else ' in turns'}",
         f"dp{t.dp} tp{t.tp} ep{t.ep} {case.overlap.tensor} {case.engine} {model.moe.score}{model.moe.groups}",
         f"shared{model.moe.shared_experts}",
         f"mtp{model.mtp.depth} dense{model.dense_layers} {model.recompute} {case.accumulation}x{case.micro_batch}",

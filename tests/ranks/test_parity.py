@@ -50,7 +50,6 @@ def choices(case: Case) -> dict[str, Any]:
     router = "softmax" if moe.score == "softmax" else "sigmoid in groups" if moe.groups > 1 else "sigmoid"
     pipeline = case.pipeline
     piped = {
-        "pairs": case.overlap.pairs,
         "virtual": pipeline.virtual,
         "divided": "by cost" if pipeline.layers is None else "as drawn",
         "spare": model.num_layers - len(case.stages.layers),
@@ -60,6 +59,7 @@ def choices(case: Case) -> dict[str, Any]:
         "topology": case.topology,
         "schedule": pipeline.schedule,
         "pieces": case.overlap.pieces,
+        "overlapped": case.overlap.experts,
         "engine": case.engine,
         "tensor": case.overlap.tensor,
         "shared": moe.shared_experts,

@@ -16,7 +16,7 @@ from training.work import Mode, Shapes, Sums, Training
 
 
 class Way(NamedTuple):
-    """A schedule of one rank, and how its pairs are run."""
+    """A schedule of one rank, and how it is run."""
 
     schedule: str
     mode: Mode = Mode()
@@ -25,18 +25,22 @@ class Way(NamedTuple):
 IN_TURNS = Mode(overlap=False)
 # Of one stage, and of two.
 ONE = {
-    "autograd": Way("1f1b"),
+    "autograd": Way("1f1b", IN_TURNS),
+    "filled": Way("1f1b"),
     "in turns": Way("interleaved_1f1b_overlap", IN_TURNS),
     "overlapped": Way("interleaved_1f1b_overlap", Mode(fill=False)),
     "overlapped and filled": Way("interleaved_1f1b_overlap"),
-    "split": Way("zb_h1"),
+    "split": Way("zb_h1", IN_TURNS),
+    "split, in programs": Way("zb_h1"),
 }
 TWO = {
-    "autograd": Way("interleaved_1f1b"),
+    "autograd": Way("interleaved_1f1b", IN_TURNS),
+    "filled": Way("interleaved_1f1b"),
     "in turns": Way("dualpipev", IN_TURNS),
     "overlapped": Way("dualpipev", Mode(fill=False)),
     "overlapped and filled": Way("dualpipev"),
-    "split": Way("zb_v"),
+    "split": Way("zb_v", IN_TURNS),
+    "split, in programs": Way("zb_v"),
 }
 
 

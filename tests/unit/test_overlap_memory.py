@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from model.config import ModelConfig, Recompute
 from model.transformer import Transformer
 from parallel.overlap.cut import Stretch
-from parallel.overlap.program import finish, unroll
+from parallel.overlap.execute import interleave
+from parallel.overlap.program import unroll
 
 CONFIG = make_config(num_layers=6, mtp=1)
 
@@ -52,7 +53,8 @@ def plain(model: Transformer) -> Any:
 
 
 def cut(model: Transformer) -> Any:
-    return finish(unroll(model, make_batch(model.config, length=64), make_denominators(model.config), None, None)).tape
+    batch, denominators = make_batch(model.config, length=64), make_denominators(model.config)
+    return interleave([unroll(model, batch, denominators, None, None)])[0].tape
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))

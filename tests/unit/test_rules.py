@@ -1,6 +1,7 @@
 """Which models and batches a layout takes: every rule refused by its key, and everything that divides accepted."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -138,6 +139,23 @@ def test_engines_take_schedules_of_whole_backwards(engine: EngineName, name: str
         refused = rf"^parallel\.pipeline\.schedule={name} must be gpipe, 1f1b or interleaved_1f1b with .*={engine}"
         with pytest.raises(ValueError, match=refused):
             ParallelConfig(pp=2, engine=engine, pipeline=pipeline)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ({"ep": 2}, "interleaved_1f1b_overlap"),
+        ({"ep": 2, "pp": 2}, "1f1b"),
+        ({"ep": 2, "pp": 2, "virtual": 2}, "interleaved_1f1b_overlap"),
+        ({"ep": 2, "engine": EngineName.fsdp2}, "1f1b"),
+        ({"ep": 2, "schedule": ScheduleName("gpipe")}, "gpipe"),
+        ({"pp": 2, "virtual": 2}, "interleaved_1f1b"),
+        ({}, "1f1b"),
+    ],
+)
+def test_the_schedule_suits_the_layout(layout: dict[str, Any], name: str) -> None:
+    pipeline = {key: layout.pop(key) for key in ("schedule", "virtual") if key in layout}
+    assert ParallelConfig(**layout, pipeline=PipelineConfig(**pipeline)).schedule == name
 
 
 def test_the_engine_is_named() -> None:

@@ -53,7 +53,10 @@ class Case:
     @property
     def parallel(self) -> ParallelConfig:
         """What a runner reads."""
-        return ParallelConfig(pp=self.topology.pp, pipeline=self.pipeline, overlap=self.overlap)
+        t = self.topology
+        return ParallelConfig(
+            pp=t.pp, dp=t.dp, tp=t.tp, ep=t.ep, pipeline=self.pipeline, overlap=self.overlap, engine=self.engine
+        )
 
     @property
     def stages(self) -> Pipeline:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from configs.schema import TrainConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, PipelineConfig, TensorOverlap
+from parallel.config import ParallelConfig, PipelineConfig, ScheduleName, TensorOverlap
 from parallel.pipeline.plan import schedule_of
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.topology import Topology
@@ -39,14 +39,14 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
     """The cases that stand for ``config`` on ``topology``. ValueError for a layout that is too large: see ``lower``."""
     parallel, run = config.parallel, config.run
     small, unproved = lower(topology, config.model.moe.experts, list_lengths(parallel))
-    pipeline = replace(parallel.pipeline, layers=None)
+    pipeline = replace(parallel.pipeline, schedule=parallel.schedule, layers=None)
     count = count_microbatches(run.global_batch, run.micro_batch, topology.dp)
     overlap = parallel.overlap
     if overlap.tensor is TensorOverlap.fused:
         unproved.append("parallel.overlap.tensor=fused: proved with blocks, which runs on a processor")
         overlap = replace(overlap, tensor=TensorOverlap.blocks)
     stages = 1
-    if topology.pp == 1 and pipeline == PipelineConfig():
+    if topology.pp == 1 and pipeline == PipelineConfig(schedule=ScheduleName["1f1b"]):
         accumulation = min(count, 2)
     else:
         accumulation = count if pipeline.file else max(3, 2 * small.pp + count % small.pp)
@@ -114,7 +114,7 @@ def list_lengths(parallel: ParallelConfig) -> Sequence[int]:
     """The numbers of pipeline ranks that can stand for ``parallel.pp``: those that its schedule takes."""
     if parallel.pp == 1 or parallel.pipeline.file is not None:
         return (parallel.pp,)
-    return range(2, parallel.pp + 1, 2 if SCHEDULES[parallel.pipeline.schedule].even else 1)
+    return range(2, parallel.pp + 1, 2 if SCHEDULES[parallel.schedule].even else 1)
 
 
 def lower(topology: Topology, experts: int, lengths: Sequence[int] = (1,)) -> tuple[Topology, list[str]]:
