@@ -53,8 +53,11 @@ class OverlapConfig:
     experts: bool = True  # tokens travel to experts while pairs of a schedule, or weight gradients, are computed
     tensor: TensorOverlap = TensorOverlap.auto  # exchanges of tp and the products beside them
     pieces: int = 1  # in which tokens go to their experts, who start on the first
+    multiprocessors: int = 0  # of a GPU, that products leave to collectives, which take no more; 0: no rule
 
     def __post_init__(self) -> None:
+        if self.multiprocessors < 0:
+            raise ValueError(f"parallel.overlap.multiprocessors={self.multiprocessors} must not be negative")
         if self.pieces < 1:
             raise ValueError(f"parallel.overlap.pieces={self.pieces} must be at least 1")
 
@@ -140,8 +143,9 @@ class ParallelConfig:
                 "schedules of your own"
             )
         if self.engine is not EngineName.native and (reason := SCHEDULES[schedule].needs_native()):
+            whole = [name for name, each in SCHEDULES.items() if not each.needs_native()]
             raise ValueError(
-                f"parallel.pipeline.schedule={schedule} must be gpipe, 1f1b or interleaved_1f1b with "
+                f"parallel.pipeline.schedule={schedule} must be one of {', '.join(whole)} with "
                 f"parallel.engine={self.engine}: {reason}"
             )
         if self.engine is EngineName.fsdp2 and self.pp == 1 and self.pipeline.virtual > 1:

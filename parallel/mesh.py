@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from parallel.overlap.lanes import Lanes, choose_lanes
+from parallel.overlap.lanes import Lanes, choose_lanes, reserve
 from parallel.placement import HOLDERS, Placement, Shard, holders
 from parallel.topology import Axis, Topology
 from parallel.traffic import GROUPS, Traffic
@@ -77,9 +78,12 @@ def disconnect() -> None:
 class Mesh:
     """The groups of one rank."""
 
-    def __init__(self, topology: Topology, device: torch.device, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self, topology: Topology, device: torch.device, timeout: timedelta | None = None, multiprocessors: int = 0
+    ) -> None:
         """Collective over all ranks: each makes its own groups, in the same order. ``dist`` is initialised.
 
+        ``multiprocessors``: how many of a GPU a collective takes at most, and products leave free; 0: no rule.
         Raises ValueError if the number of ranks is not the topology's.
         """
         if dist.get_world_size() != topology.world:
@@ -88,7 +92,8 @@ class Mesh:
         # What every launcher of torch says of a machine; without one, one machine has all ranks.
         self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world))
         self.lanes: Lanes = choose_lanes(device)
-        self._timeout = timeout
+        reserve(multiprocessors, device.type)
+        self._timeout, self._options = timeout, _limit(BACKENDS[device.type], multiprocessors)
         self._made: dict[tuple[tuple[int, ...], Traffic], dist.ProcessGroup] = {}
         self._groups = {key: self._make(topology.group(self.rank, key[0]), *key) for key in GROUPS}
         self._shared: dict[tuple[Axis, tuple[int, ...]], dist.ProcessGroup] = {}
@@ -132,6 +137,19 @@ class Mesh:
         if (ranks, traffic) not in self._made:
             # With local synchronisation a rank makes the groups that it is in, not those of the whole world.
             self._made[ranks, traffic] = dist.new_group(
-                list(ranks), timeout=self._timeout, use_local_synchronization=True, group_desc=f"{axis} {traffic}"
+                list(ranks),
+                timeout=self._timeout,
+                pg_options=self._options,
+                use_local_synchronization=True,
+                group_desc=f"{axis} {traffic}",
             )
         return self._made[ranks, traffic]
+
+
+def _limit(backend: str, multiprocessors: int) -> Any:
+    """Options of groups whose collectives take so many multiprocessors at most. They have never run on a GPU."""
+    if not multiprocessors or backend != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = multiprocessors
+    return options

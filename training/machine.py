@@ -52,7 +52,8 @@ def join_mesh(config: TrainConfig) -> Iterator[Mesh]:
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     connect(device)
     try:
-        yield Mesh(arrange_world(config, torch.distributed.get_world_size()), device)
+        topology = arrange_world(config, torch.distributed.get_world_size())
+        yield Mesh(topology, device, multiprocessors=config.parallel.overlap.multiprocessors)
     except BaseException:
         # Others may be waiting for this rank: there is no parting in order, and the process ends.
         if torch.distributed.get_world_size() == 1:

@@ -60,6 +60,8 @@ def try_batches(run: RunSection, sequence_length: int, replicas: int, take: Call
 
 def check_overlap(parallel: ParallelConfig, device: Device) -> None:
     """Raises ValueError for overlap that ``device`` has nothing for. What else is missing shows where ranks start."""
+    if (count := parallel.overlap.multiprocessors) and device is Device.cpu:
+        raise ValueError(f"parallel.overlap.multiprocessors={count} must be 0 with run.device=cpu, which has none")
     if parallel.tp > 1 and parallel.overlap.tensor is TensorOverlap.fused and device is Device.cpu:
         raise ValueError(
             "parallel.overlap.tensor=fused must be auto, joined or blocks with run.device=cpu: torch's fused operators "

@@ -67,8 +67,17 @@ def choose_lanes(device: torch.device) -> Lanes:
     return Streams(device) if device.type == "cuda" else InOrder()
 
 
-def reserve(multiprocessors: int) -> None:
-    """Leaves so many of a GPU to communication: products whose kernels can be told so start on the others only."""
+def reserve(multiprocessors: int, device_type: str) -> None:
+    """Leaves so many of a GPU to communication: products whose kernels can be told so start on the others only.
+
+    torch's carve-out; of its products those in FP8 heed it, on Hopper. What communication takes is the groups' to say:
+    ``parallel.mesh.Mesh``. Raises ValueError where the device has none.
+    """
+    if multiprocessors and device_type != "cuda":
+        raise ValueError(
+            f"parallel.overlap.multiprocessors={multiprocessors} must be 0 with run.device={device_type}: there are "
+            "none to leave to communication"
+        )
     torch._C._set_sm_carveout_experimental(multiprocessors or None)
 
 

@@ -1,7 +1,7 @@
 """Schedules: pure functions (rank, ranks, microbatches[, virtual]) -> what the rank computes, in order.
 
-    loop            stage s lies on rank s % ranks                    gpipe, 1f1b, zb_h1, interleaved_1f1b[_overlap]
-    v               stages r and 2 ranks - 1 - r lie on rank r        zb_v, dualpipev
+    loop            stage s lies on rank s % ranks                    gpipe, all of 1f1b, zb_h1
+    v               stages r and 2 ranks - 1 - r lie on rank r        zb_v, [eager_]dualpipev
     bidirectional   ranks s and ranks - 1 - s hold a copy of stage s  dualpipe
 
 F, B, I and W are the durations of the four ops, F&B that of an overlapped pair, P the ranks and M the micro-batches;
@@ -41,6 +41,17 @@ def one_f_one_b(rank: int, ranks: int, microbatches: int) -> list[Compute]:
     forwards = [Action(F, rank, i) for i in range(microbatches)]
     backwards = [Action(B, rank, i) for i in range(microbatches)]
     return _alternate(forwards, backwards, ranks - 1 - rank)
+
+
+def eager_1f1b(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """1F1B in which a message has a turn of its own to travel (Eager-1F1B: Alpa, arXiv 2211.05322).
+
+        rank 0   F0 F1 F2 .. B0 F3 B1 .. B2 .. B3        bubble (P-1)(F+B), 2(P - rank) - 1 micro-batches alive
+        rank 1   .. F0 B0 F1 B1 F2 B2 F3 B3
+    """  # fmt: skip
+    forwards = [Action(F, rank, i) for i in range(microbatches)]
+    backwards = [Action(B, rank, i) for i in range(microbatches)]
+    return _alternate(forwards, backwards, 2 * (ranks - 1 - rank))
 
 
 def zb_h1(rank: int, ranks: int, microbatches: int) -> list[Compute]:
@@ -129,6 +140,17 @@ def dualpipev(rank: int, ranks: int, microbatches: int) -> list[Compute]:
     Bubble (P-1)(F&B+B-3W), 2P + 1 half-sized micro-batches alive; F, B, W and F&B are those of one of the 2P stages.
     """  # fmt: skip
     phases = _eight(rank, ranks, microbatches)
+    return _numbered(phases, (rank, 2 * ranks - 1 - rank), (range(microbatches),) * 2)
+
+
+def eager_dualpipev(rank: int, ranks: int, microbatches: int) -> list[Compute]:
+    """DualPipeV in which a message has a turn of its own to travel, as if between two ranks there were one more.
+
+    In DualPipeV whatever a pair makes is what another rank has been waiting for, so a step is longer by a message for
+    every micro-batch. Here that message is read a pair later. Bubble (P-1)F where F = I = W, at most 4P - 1 half-sized
+    micro-batches alive. Ours; the idea is Eager-1F1B's.
+    """
+    phases = _eight(2 * rank, 2 * ranks - 1, microbatches)
     return _numbered(phases, (rank, 2 * ranks - 1 - rank), (range(microbatches),) * 2)
 
 
@@ -262,12 +284,14 @@ class Generator:
 SCHEDULES = {
     "gpipe": Generator(gpipe),
     "1f1b": Generator(one_f_one_b),
+    "eager_1f1b": Generator(eager_1f1b),
     "interleaved_1f1b": Generator(interleaved_1f1b, virtual=True),
     "interleaved_1f1b_overlap": Generator(interleaved_1f1b_overlap, virtual=True, pairs=True),
     "zb_h1": Generator(zb_h1, splits=True),
     "zb_v": Generator(zb_v, Route.v, splits=True),
     "dualpipe": Generator(dualpipe, Route.bidirectional, even=True, least=2, splits=True, pairs=True),
     "dualpipev": Generator(dualpipev, Route.v, least=2, splits=True, pairs=True),
+    "eager_dualpipev": Generator(eager_dualpipev, Route.v, splits=True, pairs=True),
 }
 
 

@@ -1,6 +1,7 @@
 """Simulated times: equal to published formulas and to a clock that ticks; integers stay exact; who waits is named."""
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, product
 
@@ -12,7 +13,7 @@ from parallel.pipeline.simulate import Cost, simulate, stretch
 from parallel.pipeline.text import parse
 
 F, B, I, W = Op
-NAMES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_1f1b_overlap", "zb_h1", "zb_v", "dualpipe", "dualpipev")
+NAMES = tuple(SCHEDULES)
 
 
 def tick(schedule: Schedule, cost: Cost) -> dict[tuple[int, int], tuple[int, int]]:
@@ -165,15 +166,15 @@ LOPSIDED = [Cost(F=3, I=5, W=2, B=7), Cost(F=5, I=2, W=2, B=4), Cost(F=9, I=8, W
 SIZES = [(ranks, count) for ranks in range(1, 17) for count in {1, 2, ranks, 2 * ranks + 2, 64}]
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "eager_1f1b"])
 def test_bubble_and_memory_of_full_backwards(name: str) -> None:
-    """(P-1)(F+B) on every rank, whatever the costs; 1F1B keeps P - rank micro-batches, GPipe all."""
+    """(P-1)(F+B) on every rank, whatever the costs; 1F1B keeps P - rank micro-batches, or as many more, GPipe all."""
     for (ranks, count), cost in product(SIZES, EVEN + UNEVEN[:2] + LOPSIDED):
         timeline = simulate(generate(name, ranks, count), cost)
         assert timeline.bubbles == ((ranks - 1) * (cost.F + cost.B),) * ranks
         assert timeline.makespan == (ranks - 1 + count) * (cost.F + cost.B)
-        alive = (count,) * ranks if name == "gpipe" else tuple(min(ranks - rank, count) for rank in range(ranks))
-        assert timeline.peaks == alive
+        ahead = {"gpipe": [count] * ranks, "1f1b": range(ranks, 0, -1), "eager_1f1b": range(2 * ranks - 1, 0, -2)}
+        assert timeline.peaks == tuple(min(number, count) for number in ahead[name])
 
 
 def test_bubble_and_memory_of_zb_h1() -> None:
@@ -199,6 +200,26 @@ def test_bubble_and_memory_of_dualpipe(name: str, half: int, alive: int) -> None
             assert middle == bubble
             assert cost.pair != cost.F + cost.B or set(timeline.bubbles) == {bubble}
             assert max(timeline.peaks) == alive * ranks + 1
+
+
+@pytest.mark.parametrize(("prompt", "eager"), [("1f1b", "eager_1f1b"), ("dualpipev", "eager_dualpipev")])
+def test_a_message_has_a_turn_in_eager_schedules(prompt: str, eager: str) -> None:
+    """Messages as long as a forward cost as many as lie on the way there and back, not one a micro-batch."""
+    for ranks, count in product(range(2, 9), (32, 64)):
+        lost = {}
+        for name in (prompt, eager):
+            schedule = generate(name, ranks, count)
+            linked, plain = (simulate(schedule, replace(EVEN[1], send=send)).makespan for send in (EVEN[1].F, 0))
+            lost[name] = (linked - plain) / EVEN[1].F
+        assert lost[prompt] >= count / 2 and lost[eager] <= 4 * ranks
+
+
+def test_the_bubble_of_eager_dualpipev() -> None:
+    """(P-1)F with F = I = W."""
+    for ranks, cost in product(range(1, 17), EVEN):
+        for count in (4 * ranks, 64):
+            timeline = simulate(generate("eager_dualpipev", ranks, count), cost)
+            assert set(timeline.bubbles) == {(ranks - 1) * cost.F}
 
 
 def test_both_bubbles_of_zb_v() -> None:

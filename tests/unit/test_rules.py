@@ -133,10 +133,11 @@ def test_axes_that_are_not_there_are_refused_by_name() -> None:
 @pytest.mark.parametrize("engine", [engine for engine in EngineName if engine is not EngineName.zero3])  # on one stage
 def test_engines_take_schedules_of_whole_backwards(engine: EngineName, name: str) -> None:
     pipeline = PipelineConfig(schedule=ScheduleName(name))
-    if engine is EngineName.native or name in ("gpipe", "1f1b", "interleaved_1f1b"):
+    if engine is EngineName.native or name in ("gpipe", "1f1b", "eager_1f1b", "interleaved_1f1b"):
         assert ParallelConfig(pp=2, engine=engine, pipeline=pipeline).pp == 2
     else:
-        refused = rf"^parallel\.pipeline\.schedule={name} must be gpipe, 1f1b or interleaved_1f1b with .*={engine}"
+        taken = "gpipe, 1f1b, eager_1f1b, interleaved_1f1b"
+        refused = rf"^parallel\.pipeline\.schedule={name} must be one of {taken} with .*={engine}"
         with pytest.raises(ValueError, match=refused):
             ParallelConfig(pp=2, engine=engine, pipeline=pipeline)
 
