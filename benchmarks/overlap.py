@@ -57,7 +57,7 @@ CASES = {
     "pairs": experts(PAIRS, TURNS | TOGETHER),
     "gradients": experts(PAIRS._replace(schedule="1f1b"), TURNS | {"filled": Variant(True)}),
     "dualpipev": experts(Layout(2, 2, "dualpipev", 4, 32), TURNS | TOGETHER),
-    "eager_dualpipev": experts(Layout(2, 2, "eager_dualpipev", 4, 32), TURNS | TOGETHER),
+    "eager_dualpipev": experts(Layout(2, 2, "eager_dualpipev", 4, 64), TURNS | TOGETHER),
     "pieces": experts(FEW, TURNS | {f"{n} pieces": Variant(False, n) for n in (2, 4)}),
     "shared": experts(FEW, TURNS | {"beside": Variant(False, shared=True)}),
     "gather": Case(4, lambda: Products("gather"), ("joined", "blocks"), "all-gather and product, tp=4"),

@@ -4,7 +4,8 @@
     Streams    a GPU: what packs, sends and unpacks rows runs on a stream of its own. It begins behind what the compute
                stream has been given so far; the compute stream goes on behind it from where it lands
 
-A recording pair of lanes proves that whatever one lane reads of the other's was waited for: parallel/overlap/record.py.
+Over streams that keep books, ``Streams`` proves that whatever one reads of the other's was waited for:
+parallel/overlap/record.py.
 """
 
 from collections.abc import Callable
@@ -36,25 +37,27 @@ class InOrder:
 
 
 class Streams:
-    """A stream for communication beside the current one. It has never run on a GPU."""
+    """A stream for communication beside the current one. It has never run on a GPU.
 
-    def __init__(self, device: torch.device) -> None:
+    ``module``: what makes streams and knows the current one, as ``torch.cuda`` does.
+    """
+
+    def __init__(self, module: Any) -> None:
         # Ahead of products in the queue: a few blocks that keep the network busy, not many that keep it waiting.
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._module, self._stream = module, module.Stream(priority=-1)
 
     def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
         """See ``Lanes``."""
-        compute = torch.cuda.current_stream()
-        self._stream.wait_stream(compute)
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(self._module.current_stream())
+        with self._module.stream(self._stream):
             pending = start(*tensors)
         # The allocator gives their memory to nobody else before this stream is done with them.
         _hold(tensors, self._stream)
 
         def land() -> T:
-            with torch.cuda.stream(self._stream):
+            with self._module.stream(self._stream):
                 result = pending.wait()
-            here = torch.cuda.current_stream()
+            here = self._module.current_stream()
             here.wait_stream(self._stream)
             _hold(result, here)
             return result
@@ -64,7 +67,7 @@ class Streams:
 
 def choose_lanes(device: torch.device) -> Lanes:
     """The lanes of a rank on ``device``."""
-    return Streams(device) if device.type == "cuda" else InOrder()
+    return InOrder() if device.type == "cpu" else Streams(torch.get_device_module(device))
 
 
 def reserve(multiprocessors: int, device_type: str) -> None:
@@ -81,7 +84,7 @@ def reserve(multiprocessors: int, device_type: str) -> None:
     torch._C._set_sm_carveout_experimental(multiprocessors or None)
 
 
-def _hold(tensors: Any, stream: torch.cuda.Stream) -> None:
+def _hold(tensors: Any, stream: Any) -> None:
     for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and tensor.device.type != "cpu":  # whose memory no stream gets back early
             tensor.record_stream(stream)

@@ -1,4 +1,4 @@
-"""Lanes that compute as ever and write down who waits for whom: a proof that no lane reads what is not there yet.
+"""Streams that compute as ever and write down who waits for whom: a proof that no lane reads what is not there yet.
 
     compute    w(x) ------------------------------------ r(y)         r(y) is right, because compute has waited for
     comm             r(x) w(y') -- wire -- r(y') w(y)                 comm, which has waited for the wire
@@ -7,6 +7,8 @@ Every lane has a clock that counts what it has done, and knows of the other lane
 clocks: Mattern, 1988). Whatever reads a tensor must have waited for who wrote it, and whatever writes one for all who
 have read or written it before. On one processor a missing wait changes no result; here it is a hazard. What travels is
 a lane of its own, one for each collective: it ends when somebody waits for its work.
+
+What is proved is what runs on a GPU, ``Streams`` of parallel/overlap/lanes.py: the recorder stands for torch.cuda.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parallel.overlap.lanes import Start, T
+from parallel.overlap.lanes import Start, Streams, T
 from parallel.pending import Pending
 
 COMPUTE, COMM = "compute", "comm"
@@ -40,11 +42,37 @@ class Mark(NamedTuple):
         return self.start < other.stop and other.start < self.stop
 
 
+class Lane(NamedTuple):
+    """Stands for a stream."""
+
+    recorder: "Recorder"
+    name: str
+
+    def wait_stream(self, other: "Lane") -> None:
+        """What this one is given from now on comes behind what the other has been given."""
+        self.recorder._wait(self.name, other.name)
+
+
+class Wired(NamedTuple):
+    """A work, and the wires that whoever waits for it has waited for."""
+
+    recorder: "Recorder"
+    work: Any
+    wires: list[str]
+
+    def wait(self) -> None:
+        """See ``torch.distributed.Work``."""
+        self.work.wait()
+        for wire in self.wires:
+            self.recorder._wait(self.recorder._lane, wire)
+
+
 class Recorder(TorchDispatchMode):
     """Sees every operation while it is entered, and is the lanes that run them: a ``parallel.overlap.lanes.Lanes``."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._streams = Streams(self)
         self.hazards: list[str] = []
         self.crossings = 0  # reads of what another lane has written
         self._lane = COMPUTE
@@ -56,23 +84,29 @@ class Recorder(TorchDispatchMode):
 
     def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
         """See ``Lanes``."""
-        self._wait(COMM, COMPUTE)
-        first = len(self._wires)
-        with self._on(COMM):
-            pending = start(*tensors)
-        wires = self._wires[first:]
 
-        def land() -> T:
-            with self._on(COMM):
-                for work in pending.works:
-                    work.wait()
-                for wire in wires:
-                    self._wait(COMM, wire)
-                result = pending.finish()
-            self._wait(COMPUTE, COMM)
-            return result
+        def watched(*given: Tensor) -> Pending[T]:
+            first = len(self._wires)
+            pending = start(*given)
+            wires = self._wires[first:]
+            return Pending(tuple(Wired(self, work, wires) for work in pending.works), pending.finish)  # type: ignore[misc]
 
-        return Pending((), land)
+        return self._streams.start(watched, *tensors)
+
+    def Stream(self, priority: int) -> Lane:  # noqa: N802 (torch.cuda's name)
+        """The lane for communication."""
+        return Lane(self, COMM)
+
+    def current_stream(self) -> Lane:
+        """The lane that is given work now."""
+        return Lane(self, self._lane)
+
+    @contextmanager
+    def stream(self, lane: Lane) -> Iterator[None]:
+        """Gives work to ``lane``."""
+        before, self._lane = self._lane, lane.name
+        yield
+        self._lane = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -89,12 +123,6 @@ class Recorder(TorchDispatchMode):
         for tensor in (*written, *made):
             self._note_write(lane, tensor, name)
         return out
-
-    @contextmanager
-    def _on(self, lane: str) -> Iterator[None]:
-        before, self._lane = self._lane, lane
-        yield
-        self._lane = before
 
     def _begin_wire(self, name: str) -> str:
         wire = f"wire {len(self._wires)} of {name}"
