@@ -116,6 +116,7 @@ class ExpertExchange:
     def dispatch(self, tokens: Tensor, gates: Tensor, announced: Announced) -> tuple[Shipped, ...]:
         for sending in announced.sendings:
             self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
+        self.lanes.idle(1)  # they are soon there
         there = announced.counts.wait().unflatten(1, (self.pieces, 2))
         here = torch.stack([sending.counts for sending in announced.sendings], 1)
         sizes = torch.stack((here, there)).permute(2, 3, 0, 1).cpu()  # [pieces, 2, 2, n], of rows and choices

@@ -27,8 +27,8 @@ class Runner:
         self, parallel: ParallelConfig, pipeline: Pipeline, shapes: Shapes, mesh: Mesh, compiled: bool = False
     ) -> None:
         """``compiled`` segments compute all gradients at once."""
-        alone = parallel.ep > 1 and parallel.engine is EngineName.native
-        self._mode = Mode(parallel.overlap.experts, fill=not compiled, alone=alone)
+        travels = parallel.ep > 1 and parallel.engine is EngineName.native
+        self._mode, self._lanes = Mode(parallel.overlap.experts, fill=travels and not compiled), mesh.lanes
         self.pipeline, self._parallel, self._shapes = pipeline, parallel, shapes
         self._place = mesh.coordinate(Axis.pp)
         self._interpreter = Interpreter(mesh.group(Axis.pp, Traffic.pipeline), self._place)
@@ -44,11 +44,13 @@ class Runner:
         """Forward and backward of every micro-batch. The sums of this rank, or None once ``stop`` says so."""
         steps = program(self._parallel, len(batches)).lists[self._place]
         work = Training(engine, batches, denominators, self._shapes, steps, self._mode)
+        self._lanes.idle = work.idle
         return work.sums if self._interpreter.run(steps, work, stop, spans) else None
 
     def evaluate(self, engine: Differentiator, batches: Sequence[Batch]) -> torch.Tensor:
         """This rank's share of the sums of cross entropy, [1 + D]."""
         work = Evaluation(engine, batches, self._shapes)
+        self._lanes.idle = work.idle
         self._interpreter.run(evaluation(self.pipeline, len(batches)).lists[self._place], work)
         return work.losses
 

@@ -5,8 +5,8 @@
     I   the same, with the large weight gradients put off
     W   computes them, in the order in which they were put off
 
-Where tokens travel, all of these are programs (parallel/overlap/program.py). A backward then leaves its weight
-gradients to its waits and those of what comes next, and a forward and a backward that a schedule pairs take turns.
+A forward and a backward that a schedule pairs are programs (parallel/overlap/program.py) and take turns. Where tokens
+travel, every B leaves its weight gradients to its own waits and those of what comes next (parallel/overlap/backlog.py).
 
 Between its F and its B a micro-batch keeps what autograd keeps; every stage but the last gives away its output at once.
 Shapes: an activation is [B, S / (cp tp), H].
@@ -77,8 +77,7 @@ class Mode(NamedTuple):
     """What is done while something is on its way."""
 
     overlap: bool = True  # the other half of a pair; else nothing at all
-    fill: bool = True  # weight gradients of backwards, which are put off for that
-    alone: bool = True  # the latter also in a step without a pair
+    fill: bool = True  # and weight gradients of backwards, which are put off for that
 
 
 class Pending(NamedTuple):
@@ -103,13 +102,13 @@ class Training(Work):
         mode: Mode,
     ) -> None:
         self._engine, self._batches, self._denominators, self._shapes = engine, batches, denominators, shapes
-        pairs = any(isinstance(step, Overlap) for step in steps)
+        pairs = [step for step in steps if isinstance(step, Overlap)] if mode.overlap else []
         actions = [action for step in steps if not isinstance(step, Exchange) for action in parts(step)]
-        self._unrolls = mode.overlap and (pairs or (mode.fill and mode.alone))
-        fills = self._unrolls and mode.fill
-        self._fills = {action[1:] for action in actions if action.op is Op.B} if fills else set()
+        # What is paired once, going or coming back, is a program both times.
+        self._programs = {action[1:] for pair in pairs for action in parts(pair)}
         # Whose weight gradients are put off; those of an I until its W.
-        self._split = self._fills | {action[1:] for action in actions if action.op is Op.I}
+        put_off = (Op.I, Op.B) if mode.overlap and mode.fill else (Op.I,)
+        self._split = {action[1:] for action in actions if action.op in put_off}
         self._last = {action.stage: action for action in actions if action.op in (Op.B, Op.W)}
         self._pending: dict[tuple[int, int], Pending] = {}
         self._backlog = Backlog(self._accumulate)
@@ -117,8 +116,8 @@ class Training(Work):
 
     def forward(self, stage: int, microbatch: int, x: Tensor | None) -> Tensor | None:
         """See ``Work``."""
-        if self._unrolls:
-            return self._alone(self._unroll(stage, microbatch, x))
+        if (stage, microbatch) in self._programs:
+            return interleave([self._unroll(stage, microbatch, x)])[0]
         x = None if x is None else x.requires_grad_()
         deferred: list[WeightGradient] | None = [] if (stage, microbatch) in self._split else None
         losses: Losses = self._engine.forward(stage, self._batches[microbatch], self._denominators, deferred, x)
@@ -127,25 +126,22 @@ class Training(Work):
 
     def backward(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Tensor | None:
         """See ``Work``."""
-        if self._unrolls:
-            return self._alone(self._rewind(stage, microbatch, gradient))
-        x, losses, deferred, _ = self._pending.pop((stage, microbatch))
+        if (stage, microbatch) in self._programs:
+            return interleave([self._rewind(stage, microbatch, gradient, split)])[0]
+        x, losses, _ = self._turn(stage, microbatch, split)
         assert (losses.hidden is None) == (gradient is None), f"stage {stage}: what went on comes back as a gradient"
         hidden = None if losses.hidden is None or gradient is None else (losses.hidden, gradient)
-        if self._last[stage] == (Op.B, stage, microbatch):
-            self._engine.finishing(stage)
         self._engine.backward(stage, losses.total, hidden)
-        self._put_off(stage, microbatch, losses, deferred)
         return None if x is None else x.grad
 
     def pair(
         self, forward: Action, x: Tensor | None, backward: Action, gradient: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """See ``Work``."""
-        if not self._unrolls:
+        if not self._programs:
             return super().pair(forward, x, backward, gradient)
-        programs = (name(self._rewind(*backward[1:], gradient), backward), name(self._unroll(*forward[1:], x), forward))
-        back, made = interleave(programs, self._backlog.fill)
+        back = self._rewind(*backward[1:], gradient, backward.op is Op.I)
+        back, made = interleave((name(back, backward), name(self._unroll(*forward[1:], x), forward)))
         return made, back
 
     @torch.no_grad()
@@ -159,6 +155,10 @@ class Training(Work):
         while deferred:
             self._accumulate(deferred.pop(0))
 
+    def idle(self, most: int | None = None) -> None:
+        """Does what was put off: see ``parallel.overlap.lanes.Lanes``."""
+        self._backlog.idle(most)
+
     def finished(self, stage: int) -> None:
         """See ``Work``."""
         self._backlog.drain()
@@ -167,10 +167,6 @@ class Training(Work):
     def allocate(self, microbatch: int) -> Tensor:
         """See ``Work``."""
         return self._shapes.allocate(self._batches[microbatch])
-
-    def _alone(self, program: Program[Tensor | None]) -> Tensor | None:
-        """Runs what is not paired."""
-        return interleave([program], self._backlog.fill)[0]
 
     def _unroll(self, stage: int, microbatch: int, x: Tensor | None) -> Program[Tensor | None]:
         """The forward as a program."""
@@ -182,26 +178,26 @@ class Training(Work):
         self._pending[stage, microbatch] = Pending(None, kept, deferred, tape)
         return self._count(losses)
 
-    def _rewind(self, stage: int, microbatch: int, gradient: Tensor | None) -> Program[Tensor | None]:
+    def _rewind(self, stage: int, microbatch: int, gradient: Tensor | None, split: bool) -> Program[Tensor | None]:
         """The backward as a program."""
-        _, losses, deferred, tape = self._pending.pop((stage, microbatch))
+        _, losses, tape = self._turn(stage, microbatch, split)
         assert tape is not None
-        if self._last[stage] == (Op.B, stage, microbatch):
-            self._backlog.drain()
-            self._engine.finishing(stage)
-        if (stage, microbatch) in self._fills:
-            assert deferred is not None
-            self._backlog.watch(str(Action(Op.W, stage, microbatch)), deferred)
-        else:
-            self._put_off(stage, microbatch, losses, deferred)
         roots = [losses.total] if gradient is None else [losses.total, gradient]
         # A stage without a loss of its own, and none before it to ask for, has fewer.
         back = yield from rewind(tape, roots[len(roots) - tape[-1].exits :])
         return back[0] if back else None
 
-    def _put_off(self, stage: int, microbatch: int, losses: Losses, deferred: list[WeightGradient] | None) -> None:
-        if deferred is not None:
+    def _turn(self, stage: int, microbatch: int, split: bool) -> tuple[Tensor | None, Losses, Tape | None]:
+        """A micro-batch is about to go back: what its forward has left. Says where its weight gradients will be."""
+        x, losses, deferred, tape = self._pending.pop((stage, microbatch))
+        if self._last[stage] == (Op.B, stage, microbatch):
+            self._backlog.drain()
+            self._engine.finishing(stage)
+        if split:
             self._pending[stage, microbatch] = Pending(None, losses._replace(hidden=None), deferred)
+        elif deferred is not None:
+            self._backlog.watch(str(Action(Op.W, stage, microbatch)), deferred)
+        return x, losses, tape
 
     def _count(self, losses: Losses) -> Tensor | None:
         """Adds to the sums; gives what goes to the next stage."""
@@ -237,6 +233,9 @@ class Evaluation(Work):
     def weight(self, stage: int, microbatch: int) -> None:
         """There is none."""
         raise AssertionError("an evaluation has no backward")
+
+    def idle(self, most: int | None = None) -> None:
+        """There is no gradient."""
 
     def finished(self, stage: int) -> None:
         """There is no gradient."""

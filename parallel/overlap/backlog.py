@@ -1,10 +1,11 @@
-"""Weight gradients that the backwards of pairs have put off, to be computed while something is on its way.
+"""Weight gradients that backwards have put off, to be computed before something is waited for that is on its way.
 
     B0 - F0 - B1 - F1 - B2 - F2 | B0 - ..         a pair of one layer; - is a wait
-       W    W    W    W           W
+              W    W    W    W         W
 
-What the last stretch of a backward puts off is left to the first waits of the next pair, which have nothing else yet.
-Oldest first: a parameter's gradients are added in the order of micro-batches.
+Half of what there is at each wait: the next one, which comes before there are more, has about as much to do. What the
+last stretch of a backward puts off is left to whatever comes next. Oldest first: a parameter's gradients are added in
+the order of micro-batches.
 """
 
 from collections import deque
@@ -12,7 +13,6 @@ from collections.abc import Callable
 
 from model.linear import WeightGradient
 from model.mark import mark
-from model.segment import Wait
 
 Compute = Callable[[WeightGradient], None]
 
@@ -25,21 +25,23 @@ class Backlog:
         self._sources: deque[tuple[str, list[WeightGradient]]] = deque()
 
     def watch(self, label: str, source: list[WeightGradient]) -> None:
-        """What is in ``source`` now, and what will be; a profile shows it under ``label``."""
+        """What is in ``source`` now, and what will be; a profile shows it under ``label``.
+
+        What is older than the source before is computed first: where nothing is ever waited for, no more piles up.
+        """
+        while len(self._sources) > 1:
+            self._take(len(self._sources[0][1]))
+            self._sources.popleft()
         self._sources.append((label, source))
 
     def count(self) -> int:
         """How many there are."""
         return sum(len(source) for _, source in self._sources)
 
-    def fill(self, place: int, wait: Wait) -> None:
-        """Computes some, as the program in ``place`` comes to a wait: the backward (0) of a pair, or the forward (1).
-
-        For counts one: they are soon there. Behind the backward half, so that the forward's wait, which comes before
-        there are more, has as much to do.
-        """
-        there = self.count()
-        self._take(min(there, 1) if wait is Wait.counts else there if place else -(-there // 2))
+    def idle(self, most: int | None = None) -> None:
+        """Half of them, or at most so many: see ``parallel.overlap.lanes.Lanes``."""
+        half = -(-self.count() // 2)
+        self._take(half if most is None else min(most, half))
 
     def drain(self) -> None:
         """Computes all that is left."""
@@ -52,6 +54,8 @@ class Backlog:
             if not source:
                 self._sources.popleft()
                 continue
+            taken = min(count, len(source))
             with mark(label):
-                self._compute(source.pop(0))
-            count -= 1
+                for _ in range(taken):
+                    self._compute(source.pop(0))
+            count -= taken

@@ -15,7 +15,7 @@ what later ones have added up comes first. A weight that several stretches read 
 (``model.transformer.Flow``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,17 +26,18 @@ Gradients = list[Tensor | None]
 
 
 class Enter(torch.autograd.Function):
-    """An alias at which a backward ends. ``anchor`` is there for autograd to see something that wants a gradient."""
+    """Aliases at which a backward ends. ``anchor`` is there for autograd to see something that wants a gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, slots: Gradients, place: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.slots, ctx.place = slots, place
-        return x.view_as(x)
+    def forward(ctx, anchor: Tensor, slots: Gradients, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        ctx.slots = slots
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
-        ctx.slots[ctx.place] = g
-        return None, None, None, None
+    def backward(ctx, *gradients: Tensor | None):  # type: ignore[no-untyped-def]
+        ctx.slots[:] = gradients
+        return (None,) * (2 + len(gradients))
 
 
 class Stretch:
@@ -53,21 +54,16 @@ class Stretch:
 
     def enter(self, carry: Any, anchor: Tensor) -> Any:
         """``carry`` with every tensor that wants a gradient replaced by an alias without history."""
-
-        def alias(x: Tensor) -> Tensor:
-            self._slots.append(None)
-            return Enter.apply(x.detach(), anchor, self._slots, len(self._slots) - 1)
-
-        return _map(alias, carry)
+        tensors = _find(carry)
+        if not tensors:
+            return carry
+        self._slots = [None] * len(tensors)
+        aliases = Enter.apply(anchor, self._slots, *(tensor.detach() for tensor in tensors))
+        return _replace(carry, iter(aliases))
 
     def leave(self, carry: Any) -> None:
         """Notes where the tensors of ``carry`` come from."""
-
-        def note(x: Tensor) -> Tensor:
-            self._edges.append(get_gradient_edge(x))
-            return x
-
-        _map(note, carry)
+        self._edges = [get_gradient_edge(tensor) for tensor in _find(carry)]
 
     def backward(self, gradients: Sequence[Tensor | None]) -> Gradients:
         """The gradients of what left -> those of what entered; weights get theirs as in any backward."""
@@ -78,11 +74,23 @@ class Stretch:
         return self._slots
 
 
-def _map(change: Callable[[Tensor], Tensor], carry: Any) -> Any:
-    """``carry``, a tuple of tuples, with its tensors that want gradients changed; the rest stays."""
+def _find(carry: Any) -> list[Tensor]:
+    """The tensors that want gradients in ``carry``, a tuple of tuples."""
+    found = []
+    for part in carry if isinstance(carry, tuple) else (carry,):
+        if isinstance(part, Tensor):
+            if part.requires_grad:
+                found.append(part)
+        elif isinstance(part, tuple):
+            found += _find(part)
+    return found
+
+
+def _replace(carry: Any, others: Iterator[Tensor]) -> Any:
+    """``carry`` with these tensors in the place of those that ``_find`` finds; the rest stays."""
     if isinstance(carry, Tensor):
-        return change(carry) if carry.requires_grad else carry
+        return next(others) if carry.requires_grad else carry
     if not isinstance(carry, tuple):
         return carry
-    changed = [_map(change, part) for part in carry]
-    return type(carry)(*changed) if hasattr(carry, "_fields") else tuple(changed)
+    parts = [_replace(part, others) for part in carry]
+    return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)

@@ -2,29 +2,26 @@
 
     backward   | experts of B, sends ->               | attention of B, sends ->                |
     forward    |          attention of F, sends ->    |          experts of F, sends ->         |
-    weights    |       W          W                   |       W          W                      |
+    weights    |                          W W         |                         W W             |
 
 The order is static: it follows from the programs alone, never from what has arrived first, so that all ranks of a
 group start the same collectives in the same order. It is that of DualPipe (DeepSeek-V3, arXiv 2412.19437, figure 4):
 the backward goes first, so that each of a pair's four exchanges has a computation of the other micro-batch above it.
-What is left to fill are weight gradients that were put off: parallel/overlap/backlog.py.
+What is left to fill, before an exchange is waited for, are weight gradients that were put off:
+parallel/overlap/backlog.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from model.segment import Wait
 from parallel.overlap.program import Program
 
-Fill = Callable[[int, Wait], None]
 
-
-def interleave(programs: Sequence[Program[Any]], fill: Fill | None = None) -> list[Any]:
+def interleave(programs: Sequence[Program[Any]]) -> list[Any]:
     """Runs ``programs`` in turns to their ends; gives what they return, in their order.
 
-    ``fill`` does work that nobody waits for, if there is any. It is called whenever a program, whose place it is told,
-    has come to a wait. For counts, which are soon there, a program waits without giving its turn away: other traffic
-    must not come between.
+    For counts, which are soon there, a program waits without giving its turn away: other traffic must not come between.
     """
     made: list[Any] = [None] * len(programs)
     running = dict(enumerate(programs))
@@ -38,6 +35,4 @@ def interleave(programs: Sequence[Program[Any]], fill: Fill | None = None) -> li
                     made[place] = end.value
                     del running[place]
                     break
-                if fill is not None:
-                    fill(place, wait)
     return made

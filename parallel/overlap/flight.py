@@ -53,6 +53,7 @@ class Flight:
     def land(self) -> Tensors:
         """Waits for what is under way."""
         assert self._under_way is not None
+        self._lanes.idle(None)
         pending, self._under_way = self._under_way, None
         with mark("land", id(self)):
             return pending.wait()

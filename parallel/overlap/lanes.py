@@ -4,6 +4,9 @@
     Streams    a GPU: what packs, sends and unpacks rows runs on a stream of its own. It begins behind what the compute
                stream has been given so far; the compute stream goes on behind it from where it lands
 
+Whoever is about to wait on a lane calls its ``idle`` first, which does what nobody waits for, if there is any: weight
+gradients that were put off (parallel/overlap/backlog.py).
+
 Over streams that keep books, ``Streams`` proves that whatever one reads of the other's was waited for:
 parallel/overlap/record.py.
 """
@@ -18,18 +21,28 @@ from parallel.pending import Pending
 
 T = TypeVar("T")
 Start = Callable[..., Pending[T]]  # of the tensors that are sent
+Idle = Callable[[int | None], None]  # does something; not None: so many things at most
 
 
 class Lanes(Protocol):
     """A compute lane, which is the caller's, and a communication lane."""
+
+    idle: Idle
 
     def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
         """``start(*tensors)`` on the communication lane; the result, once waited for, is the compute lane's."""
         ...
 
 
+def rest(most: int | None = None) -> None:
+    """Does nothing: the ``idle`` of lanes that have nothing to do."""
+
+
 class InOrder:
     """One processor: whatever is started has started."""
+
+    def __init__(self) -> None:
+        self.idle: Idle = rest
 
     def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
         """See ``Lanes``."""
@@ -45,6 +58,7 @@ class Streams:
     def __init__(self, module: Any) -> None:
         # Ahead of products in the queue: a few blocks that keep the network busy, not many that keep it waiting.
         self._module, self._stream = module, module.Stream(priority=-1)
+        self.idle: Idle = rest
 
     def start(self, start: Start[T], *tensors: Tensor) -> Pending[T]:
         """See ``Lanes``."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parallel.overlap.lanes import Start, Streams, T
+from parallel.overlap.lanes import Idle, Start, Streams, T, rest
 from parallel.pending import Pending
 
 COMPUTE, COMM = "compute", "comm"
@@ -73,6 +73,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._streams = Streams(self)
+        self.idle: Idle = rest
         self.hazards: list[str] = []
         self.crossings = 0  # reads of what another lane has written
         self._lane = COMPUTE

@@ -40,8 +40,8 @@ class Layout:
     """An expert-parallel model of one or two stages on this rank."""
 
     def __init__(self, world: int, config: ModelConfig, stages: int, dtype: torch.dtype) -> None:
-        self.config = config
         mesh = Mesh(Topology(dp=world, ep=world), torch.device("cpu"))
+        self.config, self.lanes = config, mesh.lanes
         pipeline = Pipeline(divide(config, stages), StageMap(((0,),) * stages))
         self.stages, _ = build_stages(config, dtype, 0, mesh, pipeline, OverlapConfig())
         self.batches = [make_batch(config, documents=True, seed=10 * mesh.rank + k) for k in range(BATCHES)]
@@ -54,13 +54,13 @@ class Layout:
     def step(self, way: Way, recorder: Recorder | None = None) -> Taken:
         """One step; with ``recorder`` on its lanes."""
         if recorder is None:
-            return take_step(self.stages, self.batches, make_denominators(self.config), way)
+            return take_step(self.stages, self.batches, make_denominators(self.config), way, self.lanes)
         exchanges = find_exchanges(self.stages.values()).values()
         before = {exchange: exchange.lanes for exchange in exchanges}
         for exchange in exchanges:
             exchange.lanes = recorder
         with recorder:
-            taken = take_step(self.stages, self.batches, make_denominators(self.config), way)
+            taken = take_step(self.stages, self.batches, make_denominators(self.config), way, recorder)
         for exchange, lanes in before.items():
             exchange.lanes = lanes
         return taken

@@ -92,7 +92,7 @@ def test_pairs_travel_under_each_other(text: Path) -> None:
         assert named >= {f"layers.1.{part} B{i}" for part in ("attention", "experts", "shared") for i in range(4)}
         assert named >= {"weights W0", "waits"}
         assert [event["name"] for event in mine if event["cat"] == "action"] == [
-            "0F0", "0F1&0B0", "0F2&0B1", "0F3&0B2", "0B3",
+            "0F0", "0F1&0B0", "0F2&0B1", "0F3&0B2", "0B3", "0W3",
         ]  # fmt: skip
         assert {event["name"] for event in mine if event["cat"] == "travels"} >= {"gloo:recv", "gloo:all_reduce"}
         hidden = set(find_hidden(mine))

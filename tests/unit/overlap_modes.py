@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.batch import Batch, Denominators
 from model.transformer import Transformer
+from parallel.overlap.lanes import Lanes
 from parallel.pipeline.lower import lower
 from parallel.pipeline.run import Interpreter
 from parallel.pipeline.schedules import generate
@@ -31,7 +32,7 @@ ONE = {
     "overlapped": Way("interleaved_1f1b_overlap", Mode(fill=False)),
     "overlapped and filled": Way("interleaved_1f1b_overlap"),
     "split": Way("zb_h1", IN_TURNS),
-    "split, in programs": Way("zb_h1"),
+    "split, overlapping": Way("zb_h1"),
 }
 TWO = {
     "autograd": Way("interleaved_1f1b", IN_TURNS),
@@ -40,7 +41,7 @@ TWO = {
     "overlapped": Way("dualpipev", Mode(fill=False)),
     "overlapped and filled": Way("dualpipev"),
     "split": Way("zb_v", IN_TURNS),
-    "split, in programs": Way("zb_v"),
+    "split, overlapping": Way("zb_v"),
 }
 
 
@@ -51,8 +52,14 @@ class Taken(NamedTuple):
     gradients: dict[str, Tensor | None]
 
 
-def take_step(stages: Mapping[int, Transformer], batches: list[Batch], denominators: Denominators, way: Way) -> Taken:
-    """Forward and backward of every micro-batch; gradients are summed here alone."""
+def take_step(
+    stages: Mapping[int, Transformer],
+    batches: list[Batch],
+    denominators: Denominators,
+    way: Way,
+    lanes: Lanes | None = None,
+) -> Taken:
+    """Forward and backward of every micro-batch; gradients are summed here alone. ``lanes``: of the exchanges."""
     virtual = len(stages) if way.schedule.startswith("interleaved") else 1
     steps = lower(generate(way.schedule, 1, len(batches), virtual)).lists[0]
     model = stages[0]
@@ -60,6 +67,8 @@ def take_step(stages: Mapping[int, Transformer], batches: list[Batch], denominat
     length = batches[0].ids.shape[1] - 1 - model.config.mtp.depth
     shapes = Shapes(length, model.config.hidden, 1 + model.config.mtp.depth, weight.dtype, weight.device)
     work = Training(Unaided(dict(stages), batches), batches, denominators, shapes, steps, way.mode)
+    if lanes is not None:
+        lanes.idle = work.idle
     assert Interpreter(None).run(steps, work)
     assert work.sums is not None
     parameters = {name: parameter for part in stages.values() for name, parameter in part.named_parameters()}
