@@ -20,7 +20,7 @@ from model.batch import Batch, Denominators, Losses
 from model.config import MoEConfig, Recompute
 from model.transformer import Transformer
 from parallel.build import Shards, Stages
-from parallel.config import EngineName
+from parallel.config import EngineName, OverlapConfig
 from parallel.mesh import Mesh
 from parallel.placement import Placement
 from parallel.topology import Axis, Topology
@@ -45,6 +45,7 @@ def make_case(topology: Topology, *, recompute: Recompute = Recompute.none, **ot
         topology=topology,
         model=make_config(num_layers=2, moe={"aux_alpha": 0.1}, recompute=recompute),
         optimizer=OptimizerConfig(lr=1e-3, clip=0.3),
+        overlap=OverlapConfig(experts=False),  # faults are planted in what plain autograd calls
         steps=2,
         **other,
     )
