@@ -4,8 +4,8 @@
     rewind   .. merge collect | combine experts arrive | shared dispatch attention embedding
 
 A program computes up to its next wait and yields what it is about to wait for. Whoever runs it goes on with it at once,
-or does something else in between: another program, weight gradients that were put off. Run to the end without stopping,
-the two are a forward and a backward like any other, to the bit.
+or with another program first. Run to the end without stopping, the two are a forward and a backward like any other, to
+the bit.
 """
 
 from collections.abc import Generator, Sequence
