@@ -8,13 +8,17 @@ from spawn import run_ranks
 
 from model.config import ModelConfig, Recompute
 from parallel.build import build_stages
-from parallel.config import OverlapConfig
+from parallel.config import OverlapConfig, PipelineConfig, ScheduleName
 from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh
+from parallel.overlap.backlog import Backlog
 from parallel.overlap.record import COMM, COMPUTE, Recorder
 from parallel.pipeline.action import StageMap
 from parallel.pipeline.stages import Pipeline, divide
 from parallel.topology import Topology
+from training.config import OptimizerConfig
+from training.proof.case import Case
+from training.proof.prove import prove
 
 BATCHES = 4
 SPOILT = {
@@ -134,6 +138,46 @@ def test_whatever_one_lane_reads_of_the_other_was_waited_for(recompute: Recomput
             assert crossings >= 2 * 4 * BATCHES, name
             assert not hazards, (name, hazards[:3])
             assert not differences, name
+
+
+def count_at_waits(rank: int, world: int, schedule: str, experts: bool) -> tuple[int, int]:
+    """Of the weight gradients that a runner's step puts off: how many were computed as something was waited for."""
+    at_waits, all_of_them = 0, 0
+    idle, take = Backlog.idle, Backlog._take
+
+    def count(backlog: Backlog, most: int | None = None) -> None:
+        nonlocal at_waits
+        before = backlog.count()
+        idle(backlog, most)
+        at_waits += before - backlog.count()
+
+    def count_all(backlog: Backlog, number: int) -> None:
+        nonlocal all_of_them
+        all_of_them += number
+        take(backlog, number)
+
+    case = Case(
+        topology=Topology(dp=world, ep=world),
+        model=make_config(moe={"experts": 8, "groups": 4}),
+        optimizer=OptimizerConfig(lr=1e-3),
+        pipeline=PipelineConfig(schedule=ScheduleName(schedule)),
+        overlap=OverlapConfig(experts=experts),
+        accumulation=BATCHES,
+        steps=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backlog, "idle", count)
+        patch.setattr(Backlog, "_take", count_all)
+        assert prove(case, Mesh(case.topology, torch.device("cpu"))).passed
+    return at_waits, all_of_them
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b_overlap"])
+def test_weight_gradients_are_computed_at_waits(schedule: str) -> None:
+    """Most of them: those that the last stretch of the last backward leaves come after it."""
+    for at_waits, all_of_them in run_ranks(count_at_waits, 2, schedule, True):
+        assert at_waits > all_of_them / 2 > 0
+    assert run_ranks(count_at_waits, 2, schedule, False) == [(0, 0)] * 2
 
 
 def spoil(rank: int, world: int, forgets: tuple[str, str]) -> list[str]:
