@@ -30,7 +30,7 @@ from model.exchange import Arrived, Exchange, Layout, LocalExchange, permute, un
 from model.experts import Experts, SwiGLU
 from model.recompute import runner
 from model.router import Router, Routing
-from model.segment import Lane, Segment, Wait, run
+from model.segment import Lane, Segment, run
 
 
 class Attended(NamedTuple):
@@ -183,15 +183,15 @@ class Block(nn.Module):
         back: list[Segment] = []
         for i in range(self.exchange.pieces):
             there += [
-                Segment("arrive", Lane.comm, partial(_do, self.exchange.arrive, i), Wait.rows),
+                Segment("arrive", Lane.comm, partial(_do, self.exchange.arrive, i), waits=True),
                 Segment("experts", Lane.compute, partial(_compute, self.experts, i)),
                 Segment("combine", Lane.comm, partial(_do, self.exchange.combine, i)),
             ]
-            back.append(Segment("collect", Lane.comm, partial(_do, self.exchange.collect, i), Wait.rows))
+            back.append(Segment("collect", Lane.comm, partial(_do, self.exchange.collect, i), waits=True))
         return (
             attention,
             Segment("announce", Lane.comm, self.announce),
-            Segment("dispatch", Lane.comm, self.dispatch, Wait.counts),
+            Segment("dispatch", Lane.comm, self.dispatch),
             *([Segment("shared", Lane.compute, partial(_share, shared))] if shared is not None else []),
             *there,
             *back,

@@ -18,21 +18,13 @@ class Lane(StrEnum):
     comm = "comm"
 
 
-class Wait(StrEnum):
-    """What a segment waits for as it begins."""
-
-    nothing = "nothing"
-    counts = "counts"  # a few numbers, soon there
-    rows = "rows"  # as many rows as there are tokens, or more
-
-
 class Segment(NamedTuple):
     """One step of a block: ``module(carry, context)`` gives the next carry."""
 
     name: str
     lane: Lane
     module: Callable[[Any, Context], Any]
-    waits: Wait = Wait.nothing
+    waits: bool = False  # begins with a wait for rows; counts, which are soon there, are not worth a turn
 
 
 def run(segments: Sequence[Segment], carry: Any, context: Context) -> Any:

@@ -14,25 +14,18 @@ parallel/overlap/backlog.py.
 from collections.abc import Sequence
 from typing import Any
 
-from model.segment import Wait
 from parallel.overlap.program import Program
 
 
 def interleave(programs: Sequence[Program[Any]]) -> list[Any]:
-    """Runs ``programs`` in turns to their ends; gives what they return, in their order.
-
-    For counts, which are soon there, a program waits without giving its turn away: other traffic must not come between.
-    """
+    """Runs ``programs`` in turns to their ends; gives what they return, in their order."""
     made: list[Any] = [None] * len(programs)
     running = dict(enumerate(programs))
     while running:
         for place, program in list(running.items()):
-            wait = Wait.counts
-            while wait is not Wait.rows:
-                try:
-                    wait = next(program)
-                except StopIteration as end:
-                    made[place] = end.value
-                    del running[place]
-                    break
+            try:
+                next(program)
+            except StopIteration as end:
+                made[place] = end.value
+                del running[place]
     return made

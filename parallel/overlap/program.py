@@ -3,7 +3,7 @@
     unroll   embedding attention announce dispatch shared | arrive experts combine | collect merge attention ..
     rewind   .. merge collect | combine experts arrive | shared dispatch attention embedding
 
-A program computes up to its next wait and yields what it is about to wait for. Whoever runs it goes on with it at once,
+A program computes up to its next wait and yields where it is about to wait for rows. Whoever runs it goes on with it at once,
 or with another program first. Run to the end without stopping, the two are a forward and a backward like any other, to
 the bit.
 """
@@ -19,12 +19,12 @@ from model.batch import Batch, Denominators
 from model.flow import begin, list_segments, share
 from model.linear import Deferred
 from model.mark import mark
-from model.segment import Segment, Wait
+from model.segment import Segment
 from model.transformer import Transformer
 from parallel.overlap.cut import Gradients, Stretch
 
 T = TypeVar("T")
-Program = Generator[Wait, None, T]
+Program = Generator[None, None, T]
 Tape = list[Stretch]
 
 
@@ -41,13 +41,11 @@ def run(segments: Sequence[Segment], carry: Any, context: Context) -> Program[Un
     tape = [Stretch()]
     carry = tape[0].enter(carry, anchor)
     for segment in segments:
-        if segment.waits is Wait.rows:
+        if segment.waits:
             tape[-1].leave(carry)
-            yield Wait.rows
+            yield
             tape.append(Stretch())
             carry = tape[-1].enter(carry, anchor)
-        elif segment.waits is not Wait.nothing:
-            yield segment.waits
         with mark(segment.name):
             carry = segment.module(carry, context)
     tape[-1].leave(carry)
@@ -67,7 +65,7 @@ def rewind(tape: Tape, gradients: Sequence[Tensor | None]) -> Program[Gradients]
     while tape:
         back = tape.pop().backward(back)
         if tape:
-            yield Wait.rows
+            yield
     return back
 
 
@@ -76,7 +74,7 @@ def name(program: Program[T], called: object) -> Program[T]:
     while True:
         with mark(str(called)):
             try:
-                wait = next(program)
+                next(program)
             except StopIteration as end:
                 return end.value
-        yield wait
+        yield

@@ -13,7 +13,7 @@ from model.block import COMPUTE, Block
 from model.build import initialise
 from model.exchange import LocalExchange, Shipped
 from model.rope import tables
-from model.segment import Lane, Wait
+from model.segment import Lane
 from model.transformer import Transformer
 
 CONFIG = make_config(mtp=1)
@@ -23,15 +23,15 @@ def test_segments_have_the_names_and_lanes_that_runners_rely_on() -> None:
     dense, routed = make_model(CONFIG).layers[:2]
     assert [(s.name, s.lane) for s in dense.segments()] == [("attention", Lane.compute), ("mlp", Lane.compute)]
     assert [(s.name, s.lane, s.waits) for s in routed.segments()] == [
-        ("attention", Lane.compute, Wait.nothing),
-        ("announce", Lane.comm, Wait.nothing),
-        ("dispatch", Lane.comm, Wait.counts),
-        ("shared", Lane.compute, Wait.nothing),
-        ("arrive", Lane.comm, Wait.rows),
-        ("experts", Lane.compute, Wait.nothing),
-        ("combine", Lane.comm, Wait.nothing),
-        ("collect", Lane.comm, Wait.rows),
-        ("merge", Lane.compute, Wait.nothing),
+        ("attention", Lane.compute, False),
+        ("announce", Lane.comm, False),
+        ("dispatch", Lane.comm, False),
+        ("shared", Lane.compute, False),
+        ("arrive", Lane.comm, True),
+        ("experts", Lane.compute, False),
+        ("combine", Lane.comm, False),
+        ("collect", Lane.comm, True),
+        ("merge", Lane.compute, False),
     ]
 
 
