@@ -93,13 +93,14 @@ def build_step(mesh: Any, compiled: bool, sequences: int) -> Callable[[], None]:
     from launcher.compose import Composer
     from model.batch import Batch, Denominators
     from model.compile import compile_segments
+    from model.precision import Numerics
     from parallel.build import build_sharded
     from parallel.topology import Axis
     from training.config import OptimizerConfig
     from training.native import Native
 
     config = Composer().compose(("run=small",))[0].model
-    model, shards = build_sharded(config, torch.bfloat16, 0, mesh)
+    model, shards = build_sharded(config, Numerics(torch.bfloat16), 0, mesh)
     if compiled:
         compile_segments(model)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-3))

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from launcher.compose import Composer
 from model.batch import Batch, Denominators
+from model.precision import Numerics
 from parallel.build import build_sharded
 from parallel.config import EngineName
 from parallel.mesh import Mesh, connect, disconnect
@@ -139,7 +140,7 @@ def train(name: EngineName, run: str, moments: MomentDtype, mesh: Mesh) -> dict[
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     low = read_status("VmHWM")
     config = Composer().compose((f"run={run}",))[0].model
-    model, shards = build_sharded(config, torch.bfloat16, 0, mesh)
+    model, shards = build_sharded(config, Numerics(torch.bfloat16), 0, mesh)
     engine = build_engine(name, {0: model}, shards, mesh, OptimizerConfig(lr=1e-3, moments=moments), torch.bfloat16)
     found: dict[str, list[float]] = {"formula": list(predict(name, shards, mesh, moments))}
 

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from model.precision import Numerics
 from parallel.mesh import Mesh, connect, disconnect
 from parallel.pipeline.action import Schedule, parts
 from parallel.pipeline.idle import Nothing, Waiting, time_actions
@@ -217,7 +218,7 @@ def build_step(candidate: Candidate, options: argparse.Namespace) -> tuple[Sched
     pipeline = divide_model(parallel, config, schedule)
     mesh = Mesh(Topology(pp=2), CPU)
     mesh.share(pipeline.shared(config))
-    stages, shards = build_stages(config, torch.bfloat16, 0, mesh, pipeline, OverlapConfig())
+    stages, shards = build_stages(config, Numerics(torch.bfloat16), 0, mesh, pipeline, OverlapConfig())
     engine = Native(stages, shards, mesh, OptimizerConfig(lr=1e-3))
     runner = Runner(parallel, pipeline, shape_activations(config, 256, torch.bfloat16, mesh), mesh)
     torch.manual_seed(0)

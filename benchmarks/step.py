@@ -79,6 +79,7 @@ def build_ours(config, dtype, batch, compiled: bool) -> Callable[[], None]:  # t
 
     from model.batch import Denominators
     from model.compile import compile_segments
+    from model.precision import Numerics
     from parallel.build import build_sharded
     from parallel.mesh import Mesh, connect
     from parallel.topology import Topology
@@ -87,7 +88,7 @@ def build_ours(config, dtype, batch, compiled: bool) -> Callable[[], None]:  # t
 
     connect(torch.device("cpu"))
     mesh = Mesh(Topology(), torch.device("cpu"))
-    model, shards = build_sharded(config, dtype, 0, mesh)
+    model, shards = build_sharded(config, Numerics(dtype), 0, mesh)
     if compiled:
         compile_segments(model)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-3))

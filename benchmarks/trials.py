@@ -20,6 +20,7 @@ from model.batch import Batch, Denominators
 from model.block import Block
 from model.config import AttentionConfig, ModelConfig, MoEConfig
 from model.exchange import LocalExchange
+from model.precision import Numerics
 from parallel.build import build_stages
 from parallel.collective_matmul import MATMULS, Operation
 from parallel.config import OverlapConfig, ParallelConfig, PipelineConfig, ScheduleName
@@ -99,7 +100,7 @@ class Model:
         parallel = ParallelConfig(pp=layout.pp, dp=layout.ep, ep=layout.ep, pipeline=pipeline)
         arranged = divide_model(parallel, config, schedule_of(parallel, layout.microbatches))
         self.mesh.share(arranged.shared(config))
-        self.stages, _ = build_stages(config, torch.bfloat16, 0, self.mesh, arranged, OverlapConfig())
+        self.stages, _ = build_stages(config, Numerics(torch.bfloat16), 0, self.mesh, arranged, OverlapConfig())
         self.runner = Runner(
             parallel, arranged, shape_activations(config, TOKENS, torch.bfloat16, self.mesh), self.mesh
         )

@@ -70,7 +70,7 @@ class LatentAttention(nn.Module):
             self.q = Linear(config.hidden, query)
             self.kv_a = Linear(config.hidden, kv_a)
         else:
-            self.q_kv_a = Linear(config.hidden, a.q_rank + kv_a)
+            self.q_kv_a = Linear(config.hidden, a.q_rank + kv_a, sizes=(a.q_rank, kv_a))
             self.q_norm = nn.RMSNorm(a.q_rank, eps=1e-6)
             self.q_b = Linear(a.q_rank, query)
         self.kv_norm = nn.RMSNorm(a.kv_rank, eps=1e-6)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from model.attention import Context, LatentAttention
 from model.config import ModelConfig
 from model.core import Core, attend
-from model.exchange import Arrived, Exchange, Layout, LocalExchange, permute, unpermute
+from model.exchange import Arrived, Exchange, Layout, LocalExchange
 from model.experts import Experts, SwiGLU
 from model.recompute import runner
 from model.router import Router, Routing
@@ -131,8 +131,7 @@ class ExpertsSegment(nn.Module):
     def body(self, arrived: Arrived, context: Context) -> Computed:
         """What recomputation repeats."""
         tokens, gates, layout = arrived
-        rows = self.routed(permute(tokens, layout.copies), layout.ends, context.deferred)
-        return Computed(unpermute(rows, gates, layout.copies), layout)
+        return Computed(self.routed(tokens, gates, layout, context.deferred), layout)
 
 
 class MergeSegment(nn.Module):

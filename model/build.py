@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.fp8 import Recipe
+from model.precision import swap
 from model.router import Router
 from model.transformer import Transformer
 
@@ -54,24 +56,35 @@ def initialise(model: Transformer, seed: int, parts: Mapping[str, Part] | None =
         buffer.zero_()
 
 
-def outline(config: ModelConfig, dtype: torch.dtype, layers: range | None = None) -> Transformer:
-    """A model, or the stage with ``layers``, without memory: parameters in ``dtype``, routers at least in float32."""
+def outline(
+    config: ModelConfig, dtype: torch.dtype, layers: range | None = None, recipe: Recipe | None = None
+) -> Transformer:
+    """A model, or the stage with ``layers``, without memory: parameters in ``dtype``, routers at least in float32.
+
+    With a ``recipe`` its products are in FP8.
+    """
     with torch.device("meta"):
         model = Transformer(config, layers)
     model = model.to(dtype)
     for module in model.modules():
         if isinstance(module, Router):
             module.to(torch.promote_types(dtype, torch.float32))
+    if recipe is not None:
+        swap(model, recipe)
     return model
 
 
-def allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+def allocate(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, recipe: Recipe | None = None
+) -> Transformer:
     """A model without values: see ``outline``."""
-    return outline(config, dtype).to_empty(device=device)
+    return outline(config, dtype, recipe=recipe).to_empty(device=device)
 
 
-def build(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> Transformer:
+def build(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int, recipe: Recipe | None = None
+) -> Transformer:
     """A model ready to train."""
-    model = allocate(config, dtype, device)
+    model = allocate(config, dtype, device, recipe)
     initialise(model, seed)
     return model

@@ -2,13 +2,16 @@
 
     y = down(silu(gate(x)) * up(x)),   gate and up fused in one weight [2, F, H] so that a split stays a split
 
-Shapes: dense x [..., H]; experts x [P, H] in the layout of model/exchange.py, weights [E, 2, F, H] and [E, H, F].
+Shapes: dense x [..., H]; experts tokens [R, H] and rows [P, H] in the layout of model/exchange.py,
+weights [E, 2, F, H] and [E, H, F].
 """
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from model.exchange import Layout, permute, unpermute
+from model.fp8 import Scaling
 from model.grouped import grouped_matmul
 from model.linear import Deferred, Linear
 from model.sequence import Sequence, WholeSequence
@@ -63,13 +66,17 @@ class GroupedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """Routed experts over their runs of rows."""
+    """Routed experts. ``wanted``: how they would quantise tokens, and gradients of what they make of them."""
+
+    wanted: tuple[Scaling | None, Scaling | None] = (None, None)
 
     def __init__(self, experts: int, hidden: int, ffn: int) -> None:
         super().__init__()
         self.gate_up = GroupedLinear(experts, hidden, 2, ffn)
         self.down = GroupedLinear(experts, ffn, hidden)
 
-    def forward(self, rows: Tensor, ends: Tensor, deferred: Deferred = None) -> Tensor:
-        """[P, H] -> [P, H]."""
-        return self.down(swiglu(self.gate_up(rows, ends, deferred)), ends, deferred)
+    def forward(self, tokens: Tensor, gates: Tensor, layout: Layout, deferred: Deferred = None) -> Tensor:
+        """tokens [R, H], of each the sum of what its experts make of it by ``gates`` [C]: [R, H]."""
+        rows = permute(tokens, layout.copies)
+        rows = self.down(swiglu(self.gate_up(rows, layout.ends, deferred)), layout.ends, deferred)
+        return unpermute(rows, gates, layout.copies)

@@ -62,11 +62,16 @@ class LinearFunction(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """A weight [outputs, inputs], or [parts, outputs, inputs] for a fused one whose parts a split must respect."""
+    """A weight [outputs, inputs], or [parts, outputs, inputs] for a fused one whose parts a split must respect.
 
-    def __init__(self, inputs: int, *outputs: int) -> None:
+    ``sizes``: outputs of the parts of a fused weight that nothing splits, where they differ.
+    """
+
+    joins = True  # y = x W^T is all there is to it: an exchange may have it done block by block
+
+    def __init__(self, inputs: int, *outputs: int, sizes: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*outputs, inputs))
+        self.weight, self.sizes = nn.Parameter(torch.empty(*outputs, inputs)), sizes
 
     def forward(self, x: Tensor, deferred: Deferred = None) -> Tensor:
         """[..., inputs] -> [..., product of outputs]."""

@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import model.fp8_products  # noqa: F401 (its operators)
 from model.config import ModelConfig, Recompute
 
 COMMUNICATION = "shoestring_comm"  # ops of this namespace talk to other ranks
 DECISIONS = (torch.ops.aten.topk.default,)
-PRODUCTS = (
-    torch.ops.aten.mm.default,
-    torch.ops.shoestring.grouped_rows.default,
-    torch.ops.shoestring.attention.default,
-)
+# Products, and of a weight that may be computed again its size [inner, outer] by their arguments.
+PRODUCTS: dict[Any, Callable[..., tuple[int, int]] | None] = {
+    torch.ops.aten.mm.default: lambda a, b: tuple(b.shape),
+    torch.ops.shoestring.fp8_multiply.default: lambda operands, *_: tuple(operands[2].shape[::-1]),
+    torch.ops.shoestring.grouped_rows.default: None,
+    torch.ops.shoestring.fp8_rows.default: None,
+    torch.ops.shoestring.attention.default: None,
+}
 Runner = Callable[..., Any]
 Sizes = tuple[tuple[int, int], ...]
 
@@ -55,7 +59,8 @@ def is_repeated(shape: tuple[int, int], sizes: Sizes | None) -> bool:
 def _policy(kept: tuple[Any, ...], repeated: Sizes | None, context: Any, op: Any, *args: Any, **options: Any) -> Any:
     if op.namespace == COMMUNICATION:
         return CheckpointPolicy.MUST_SAVE
-    if op in kept and not (op is torch.ops.aten.mm.default and is_repeated(args[1].shape, repeated)):
+    size = PRODUCTS.get(op)
+    if op in kept and not (size and is_repeated(size(*args), repeated)):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -64,7 +69,7 @@ def runner(config: ModelConfig) -> Runner:
     """How a compute segment runs its body: ``runner(body, carry, context)``."""
     if config.recompute is Recompute.none:
         return lambda body, *inputs: body(*inputs)
-    kept = DECISIONS if config.recompute is Recompute.full else DECISIONS + PRODUCTS
+    kept = DECISIONS if config.recompute is Recompute.full else (*DECISIONS, *PRODUCTS)
     policy = partial(_policy, kept, list_repeated(config))
     contexts = partial(create_selective_checkpoint_contexts, policy)
     return partial(_run, contexts)

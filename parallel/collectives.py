@@ -42,15 +42,17 @@ def all_to_all_joined(
     sent: Sequence[int],
     received: Sequence[int],
     group: dist.ProcessGroup,
-) -> Pending[tuple[Tensor | None, ...]]:
+) -> Pending[tuple[Tensor, ...]]:
     """``all_to_all`` of several tensors [T, width], row beside row in one message, because what short rows cost is
     latency. Rows ``source`` [S] are sent, or all of them.
     """
     row = [part.contiguous().view(torch.uint8) for part in parts]
-    joined = torch.cat(row, 1)
+    joined = row[0] if len(row) == 1 else torch.cat(row, 1)
     pending = all_to_all(joined if source is None else joined.index_select(0, source), sent, received, group)
 
-    def cut(rows: Tensor) -> tuple[Tensor | None, ...]:
+    def cut(rows: Tensor) -> tuple[Tensor, ...]:
+        if len(row) == 1:
+            return (rows.view(parts[0].dtype),)
         pieces = rows.split([part.shape[1] for part in row], 1)
         # Copies: of a single row a piece is contiguous where it is, at an offset that its dtype may not have.
         apart = [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]

@@ -30,6 +30,7 @@ from parallel.mesh import Mesh, Traffic
 from parallel.overlap.flight import Tensors, arrive, depart
 from parallel.pending import Pending
 from parallel.topology import Axis
+from parallel.wire import Plain, Wire
 
 
 class Way(NamedTuple):
@@ -59,29 +60,43 @@ class Announced(NamedTuple):
     counts: Pending[Tensor]  # [n, 2 pieces], rows and choices from each rank, piece by piece
 
 
+class Wires(NamedTuple):
+    """How tokens travel to experts, and gradients of what those made of them."""
+
+    there: Wire
+    back: Wire
+
+
+PLAIN = Wires(Plain(), Plain())
+
+
 class ToExperts(NamedTuple):
-    """The route of tokens [T, H] with their gates and slots [T, K]: copies to ranks, gradients back and summed."""
+    """The route of tokens [T, H] with gates and slots [T, K] and what the wire takes for the tokens: copies to ranks,
+    gradients back and summed.
+    """
 
     copies: Copies
     way: Way
+    wire: Wire
 
     def there(self, *tensors: Tensor) -> Pending[Tensors]:
         """See ``parallel.overlap.flight.Route``."""
-        return all_to_all_joined(tensors, self.copies.source, *self.way)
+        tokens, gates, slots, *packed = tensors
+        sent = all_to_all_joined((gates, slots, *packed), self.copies.source, *self.way)
+        return sent.then(lambda parts: (self.wire.unpack(parts[2:], tokens.dtype), *parts[:2]))
 
     def back(self, *gradients: Tensor) -> Pending[Tensors]:
         """See ``parallel.overlap.flight.Route``."""
         _, slots, starts = self.copies
         returned = all_to_all_joined(gradients[:2], None, *self.way.back())
-        return returned.then(
-            lambda parts: (*(sum_copies(part, slots, starts) for part in parts if part is not None), None)
-        )
+        return returned.then(lambda parts: tuple(sum_copies(part, slots, starts) for part in parts))
 
 
 class FromExperts(NamedTuple):
     """The route of rows to the ranks that their tokens came from; of their gradients back."""
 
     way: Way
+    wire: Wire
 
     def there(self, *tensors: Tensor) -> Pending[Tensors]:
         """See ``parallel.overlap.flight.Route``."""
@@ -91,18 +106,19 @@ class FromExperts(NamedTuple):
     def back(self, *gradients: Tensor) -> Pending[Tensors]:
         """See ``parallel.overlap.flight.Route``."""
         (rows,) = gradients
-        return all_to_all(rows, *self.way.back()).then(lambda rows: (rows,))
+        sent = all_to_all_joined(self.wire.pack(rows), None, *self.way.back())
+        return sent.then(lambda parts: (self.wire.unpack(parts, rows.dtype),))
 
 
 class ExpertExchange:
     """The exchange over an ep group: see ``model.exchange.Exchange``."""
 
-    def __init__(self, experts: int, pad: int, mesh: Mesh, pieces: int = 1) -> None:
+    def __init__(self, experts: int, pad: int, mesh: Mesh, pieces: int = 1, wires: Wires = PLAIN) -> None:
         """``experts`` in all; ep divides them. Tokens go in so many ``pieces``, each by itself."""
         self.experts, self.pad, self.ranks, self.pieces = experts, pad, mesh.degree(Axis.ep), pieces
         self.places = torch.arange(experts, device=mesh.device)  # [E] int64, the slot of every expert
         self._view = look(mesh.topology.group(mesh.rank, Axis.ep), mesh.rank, mesh.ranks_per_node, mesh.device)
-        self.lanes = mesh.lanes
+        self.lanes, self._wires = mesh.lanes, wires
         self._travelled = torch.zeros(4, dtype=torch.int64, device=mesh.device)
         self._tokens, self._counts = mesh.group(Axis.ep, Traffic.tokens), mesh.group(Axis.ep, Traffic.counts)
 
@@ -114,16 +130,20 @@ class ExpertExchange:
         return Announced(slots, sendings, pending)
 
     def dispatch(self, tokens: Tensor, gates: Tensor, announced: Announced) -> tuple[Shipped, ...]:
+        with torch.no_grad():
+            packed = self._wires.there.pack(tokens)
+        row_bytes = sum(part.shape[1] * part.element_size() for part in packed)
         for sending in announced.sendings:
-            self._travelled += count(sending.touched, self._view, tokens.shape[1] * tokens.element_size())
+            self._travelled += count(sending.touched, self._view, row_bytes)
         self.lanes.idle(1)  # they are soon there
         there = announced.counts.wait().unflatten(1, (self.pieces, 2))
         here = torch.stack([sending.counts for sending in announced.sendings], 1)
         sizes = torch.stack((here, there)).permute(2, 3, 0, 1).cpu()  # [pieces, 2, 2, n], of rows and choices
-        parts = zip(
-            tokens.tensor_split(self.pieces), gates.tensor_split(self.pieces), *announced[:2], sizes, strict=True
+        rows = zip(*(each.tensor_split(self.pieces) for each in (tokens, gates, *packed)), strict=True)
+        return tuple(
+            self._ship((tokens, gates, slots.int(), *others), sending, size)
+            for (tokens, gates, *others), slots, sending, size in zip(rows, *announced[:2], sizes, strict=True)
         )
-        return tuple(self._ship(*part) for part in parts)
 
     def arrive(self, shipped: Shipped) -> Arrived:
         flight, choices, home = shipped.ticket
@@ -135,7 +155,8 @@ class ExpertExchange:
         mixed, layout = computed
         assert layout.home is not None
         sent, received = layout.home.splits.tolist()
-        flight, connection = depart(FromExperts(Way(received, sent, self._tokens)), self.lanes, mixed)
+        route = FromExperts(Way(received, sent, self._tokens), self._wires.back)
+        flight, connection = depart(route, self.lanes, mixed)
         return Shipped((connection,), (flight, layout.home.copies))
 
     def collect(self, shipped: Shipped) -> Tensor:
@@ -143,12 +164,12 @@ class ExpertExchange:
         (rows,) = arrive(flight, *shipped.tensors)
         return collect(rows, copies)
 
-    def _ship(self, tokens: Tensor, gates: Tensor, slots: Tensor, sending: Sending, sizes: Tensor) -> Shipped:
-        """Starts to send a piece; ``sizes`` [2, 2, n] of rows and choices, here and there."""
+    def _ship(self, tensors: tuple[Tensor, ...], sending: Sending, sizes: Tensor) -> Shipped:
+        """Starts to send a piece, as ``ToExperts`` takes it; ``sizes`` [2, 2, n]: rows and choices, here and there."""
         (sent, received), (_, choices) = sizes.tolist()
         copies = copy_out(sending.touched, sum(sent))
-        route = ToExperts(copies, Way(sent, received, self._tokens))
-        flight, connection = depart(route, self.lanes, tokens, gates, slots.int())
+        route = ToExperts(copies, Way(sent, received, self._tokens), self._wires.there)
+        flight, connection = depart(route, self.lanes, *tensors)
         return Shipped((connection,), (flight, sum(choices), Home(copies, sizes[0])))
 
     def take_travelled(self) -> Tensor:

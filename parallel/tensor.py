@@ -238,11 +238,17 @@ class ShardedSequence:
     def gather_linear(
         self, shards: tuple[Tensor, ...], linears: tuple[Linear, ...], deferred: Deferred
     ) -> tuple[Tensor, ...]:
+        if not all(linear.joins for linear in linears):
+            wholes = self.gather(*shards)
+            widened = [linear(x, deferred) for x, linear in zip(wholes, linears, strict=False)]
+            return *widened, *wholes[len(linears) :]
         weights = [linear.weight for linear in linears]
         kept = not any(is_repeated((w.shape[-1], w.shape[:-1].numel()), self._repeated) for w in weights)
         return tuple(GatherLinear.apply(self._name, self.how, kept, deferred, len(shards), *shards, *weights))
 
     def linear_scatter(self, x: Tensor, linear: Linear, deferred: Deferred) -> Tensor:
+        if not linear.joins:
+            return self.scatter(linear(x, deferred))
         return LinearScatter.apply(self._name, self.how, deferred, x, linear.weight)
 
     def total(self, counts: Tensor) -> Tensor:

@@ -6,9 +6,14 @@ from enum import StrEnum
 
 
 class Precision(StrEnum):
-    """The dtype of parameters and activations; masters are the wider of it and float32."""
+    """The dtype of parameters and activations; masters are the wider of it and float32.
+
+    fp8, mxfp8: BF16 with most products in FP8 (docs/fp8.md).
+    """
 
     bf16 = "bf16"
+    fp8 = "fp8"  # DeepSeek-V3's recipe: tiles of 128, blocks of 128 x 128
+    mxfp8 = "mxfp8"  # OCP microscaling: 32 values share a power of two
     fp32 = "fp32"
     fp64 = "fp64"
 

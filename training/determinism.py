@@ -10,9 +10,17 @@ from pathlib import Path
 
 import torch
 
+from model.fp8 import DEEPSEEK_V3, MXFP8
+from model.precision import Numerics
 from training.config import Device, Precision
 
-DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32, Precision.fp64: torch.float64}
+NUMERICS = {
+    Precision.bf16: Numerics(torch.bfloat16),
+    Precision.fp8: Numerics(torch.bfloat16, DEEPSEEK_V3),
+    Precision.mxfp8: Numerics(torch.bfloat16, MXFP8),
+    Precision.fp32: Numerics(torch.float32),
+    Precision.fp64: Numerics(torch.float64),
+}
 
 
 def choose_device(device: Device) -> torch.device:

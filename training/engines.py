@@ -13,7 +13,7 @@ from parallel.config import EngineName
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.config import OptimizerConfig
-from training.determinism import DTYPES
+from training.determinism import NUMERICS
 from training.engine import Engine
 from training.support import DEEPSPEED
 
@@ -34,7 +34,8 @@ def build_engine(
 
 def hand_over(stages: Stages, shards: Shards, mesh: Mesh, config: TrainConfig) -> Engine:
     """``build_engine`` as ``config`` has it."""
-    return build_engine(config.parallel.engine, stages, shards, mesh, config.optimizer, DTYPES[config.precision])
+    compute = NUMERICS[config.precision].dtype
+    return build_engine(config.parallel.engine, stages, shards, mesh, config.optimizer, compute)
 
 
 def load_library(name: EngineName, device: str) -> None:

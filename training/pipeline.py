@@ -16,7 +16,7 @@ from parallel.mesh import Axis, Mesh, Traffic
 from parallel.pipeline.plan import Pipeline, evaluation, program
 from parallel.pipeline.run import Interpreter, Span
 from training.arrange import arrange_stages
-from training.determinism import DTYPES
+from training.determinism import NUMERICS
 from training.work import Differentiator, Evaluation, Mode, Shapes, Sums, Training
 
 
@@ -62,5 +62,5 @@ def shape_activations(model: ModelConfig, length: int, dtype: torch.dtype, mesh:
 
 def make_runner(config: TrainConfig, mesh: Mesh, compiled: bool = False) -> Runner:
     """The runner of a run. Raises ValueError for a pipeline that does not fit it: see ``arrange_stages``."""
-    shapes = shape_activations(config.model, config.data.sequence_length, DTYPES[config.precision], mesh)
+    shapes = shape_activations(config.model, config.data.sequence_length, NUMERICS[config.precision].dtype, mesh)
     return Runner(config.parallel, arrange_stages(config, mesh.degree(Axis.dp)), shapes, mesh, compiled)

@@ -19,6 +19,7 @@ def restore(config: TrainConfig, weights: Path, device: Device, threads: int | N
     place = determinism.choose_device(device)
     determinism.fix_numerics(place, threads)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos)
-    model = allocate(config.model, determinism.DTYPES[config.precision], place)
+    dtype, recipe = determinism.NUMERICS[config.precision]
+    model = allocate(config.model, dtype, place, recipe)
     load(model, weights)
     return model, tokenizer

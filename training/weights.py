@@ -11,22 +11,22 @@ from model.count import count
 from parallel.build import Shards, Stages, allocate_stages, build_stages
 from parallel.mesh import Mesh
 from parallel.pipeline.stages import Pipeline
-from training.determinism import DTYPES
+from training.determinism import NUMERICS
 from training.gather import name_tensors
 
 
 def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
     """This rank's part of the model with its first weights, drawn from ``run.seed`` or read from ``init_from``."""
-    dtype, overlap = DTYPES[config.precision], config.parallel.overlap
+    numerics, overlap = NUMERICS[config.precision], config.parallel.overlap
     if config.init_from is None:
-        return build_stages(config.model, dtype, config.run.seed, mesh, pipeline, overlap)
+        return build_stages(config.model, numerics, config.run.seed, mesh, pipeline, overlap)
     from model.huggingface import load as load_published
 
-    stages, shards = allocate_stages(config.model, dtype, mesh, pipeline, overlap)
+    stages, shards = allocate_stages(config.model, numerics, mesh, pipeline, overlap)
     if is_whole(stages, shards):
         load_published(stages[0], Path(config.init_from))
         return stages, shards
-    whole = allocate(config.model, dtype, "cpu")
+    whole = allocate(config.model, numerics.dtype, "cpu")
     load_published(whole, Path(config.init_from))
     theirs = name_tensors([whole])
     with torch.no_grad():

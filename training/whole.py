@@ -4,7 +4,7 @@ from pathlib import Path
 
 from model.build import allocate, outline
 from model.transformer import Transformer
-from training.determinism import DTYPES, measure_free_memory
+from training.determinism import NUMERICS, measure_free_memory
 from training.gather import gather_whole, is_cut
 from training.save import load, write
 from training.setup import Setup
@@ -17,7 +17,7 @@ def save_weights(setup: Setup, folder: Path) -> None:
     Rank 0 writes; collective over all ranks.
     """
     setup.engine.settle()
-    plain = outline(setup.config.model, DTYPES[setup.config.precision])
+    plain = outline(setup.config.model, NUMERICS[setup.config.precision].dtype)
     tensors = gather_whole(setup.stages, setup.shards, setup.runner.pipeline, plain, setup.mesh)
     if setup.mesh.rank == 0:
         write(tensors, folder)
@@ -36,10 +36,10 @@ def find_whole(setup: Setup, saved: Path) -> Transformer:
         return first
     if not saved.exists():
         raise ValueError("the model is spread over ranks, and checkpoint.save=false kept no weights to load it from")
-    dtype, device = DTYPES[setup.config.precision], setup.mesh.device
+    (dtype, recipe), device = NUMERICS[setup.config.precision], setup.mesh.device
     size, free = count_parameters(setup.config.model) * dtype.itemsize, measure_free_memory(device)
     if size > free:
         raise ValueError(f"the whole model takes {size / 1e9:.1f} GB, and rank 0 has {free / 1e9:.1f} GB free")
-    whole = allocate(setup.config.model, dtype, device)
+    whole = allocate(setup.config.model, dtype, device, recipe)
     load(whole, saved)
     return whole

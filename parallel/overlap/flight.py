@@ -64,13 +64,14 @@ class Depart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, flight: Flight, *tensors: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.flight = flight
+        ctx.flight, ctx.others = flight, len(tensors)
         flight.leave(*tensors)
         return tensors[0].new_empty(0)
 
     @staticmethod
     def backward(ctx, _: Tensor):  # type: ignore[no-untyped-def]
-        return None, *ctx.flight.land()
+        back = ctx.flight.land()
+        return None, *back, *(None,) * (ctx.others - len(back))
 
 
 class Arrive(torch.autograd.Function):

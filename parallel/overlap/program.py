@@ -3,9 +3,8 @@
     unroll   embedding attention announce dispatch shared | arrive experts combine | collect merge attention ..
     rewind   .. merge collect | combine experts arrive | shared dispatch attention embedding
 
-A program computes up to its next wait and yields where it is about to wait for rows. Whoever runs it goes on with it at once,
-or with another program first. Run to the end without stopping, the two are a forward and a backward like any other, to
-the bit.
+A program computes up to its next wait for rows and yields. Whoever runs it goes on with it at once, or with another
+program first. Run to the end without stopping, the two are a forward and a backward like any other, to the bit.
 """
 
 from collections.abc import Generator, Sequence

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from model.batch import Batch
 from model.compile import compile_segments
 from model.experts import Experts
+from model.precision import Numerics
 from model.transformer import Transformer
 from parallel.build import build_sharded
 from parallel.mesh import Mesh
@@ -34,7 +35,7 @@ def compare(rank: int, world: int, topology: Topology) -> Seen:
     warnings.simplefilter("ignore")  # torch's compiler warns of its own doings
     mesh, moe = Mesh(topology, CPU), {"experts": 8, "groups": 4}
     config = make_config(num_layers=2, dense_layers=1, attention={"heads": 4}, moe=moe)
-    eager, compiled = (build_sharded(config, torch.float64, 3, mesh)[0] for _ in range(2))
+    eager, compiled = (build_sharded(config, Numerics(torch.float64), 3, mesh)[0] for _ in range(2))
     compile_segments(compiled)
     graphs, apart, arrivals = [], 0.0, set[int]()
     for experts in (module for module in eager.modules() if isinstance(module, Experts)):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.config import ModelConfig
+from model.precision import Numerics
 from parallel.build import build_sharded
 from parallel.config import EngineName
 from parallel.mesh import Mesh
@@ -50,7 +51,7 @@ def name_layout(layout: Any) -> str | None:
 
 
 def make_engine(kind: EngineName, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, how: OptimizerConfig) -> Engine:
-    model, shards = build_sharded(config, dtype, 3, mesh)
+    model, shards = build_sharded(config, Numerics(dtype), 3, mesh)
     return build_engine(kind, {0: model}, shards, mesh, replace(how, bucket_bytes=SMALL), dtype)
 
 

@@ -10,6 +10,7 @@ from spawn import run_ranks
 from torch import Tensor
 
 from model.batch import Batch
+from model.precision import Numerics
 from parallel.build import build_sharded
 from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 def train(rank: int, world: int, topology: Topology, moves: int, moments: MomentDtype) -> dict[str, Any]:
     """Four steps, experts moved before the second and, with two ``moves``, before the third as well."""
     mesh = Mesh(topology, CPU)
-    model, shards = build_sharded(CONFIG, torch.float64, 3, mesh)
+    model, shards = build_sharded(CONFIG, Numerics(torch.float64), 3, mesh)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-2, moments=moments))
     dp, place = mesh.degree(Axis.dp), mesh.coordinate(Axis.dp)
     generator, updates = torch.Generator().manual_seed(5), []
@@ -76,7 +77,7 @@ def test_moved_experts_train_on_as_if_they_had_stayed(topology: Topology, moment
 def check_travel(rank: int, world: int) -> bool:
     """Something did move, and moving back gives every bit back."""
     mesh = Mesh(Topology(dp=world, ep=world), CPU)
-    model, shards = build_sharded(CONFIG, torch.float64, 3, mesh)
+    model, shards = build_sharded(CONFIG, Numerics(torch.float64), 3, mesh)
     engine = Native({0: model}, shards, mesh, OptimizerConfig(lr=1e-2))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     reverse = {name: torch.arange(8).flip(0) for name in find_exchanges([model])}

@@ -11,6 +11,7 @@ from small_models import make_config
 from spawn import run_ranks
 from torch import Tensor
 
+from model.precision import Numerics
 from parallel.build import build_sharded
 from parallel.mesh import Mesh
 from parallel.topology import Topology
@@ -97,7 +98,7 @@ def count_bytes(rank: int, world: int, topology: Topology) -> tuple[int, float, 
     """Bytes of the buffers, what the formula of training/native.py says, elements owned."""
     mesh = Mesh(topology, torch.device("cpu"))
     config = make_config(hidden=64, ffn=160, vocab_size=600, moe={"ffn": 48, "experts": 12})
-    model, shards = build_sharded(config, torch.bfloat16, 0, mesh)
+    model, shards = build_sharded(config, Numerics(torch.bfloat16), 0, mesh)
     formula = 0.0
     for name, parameter in model.named_parameters():
         owned = parameter.numel() / mesh.degree(shards[name].placement.holders)

@@ -7,6 +7,7 @@ from small_models import make_batch, make_config, make_denominators
 from spawn import run_ranks
 
 from model.config import ModelConfig, Recompute
+from model.precision import Numerics
 from parallel.build import build_stages
 from parallel.config import OverlapConfig, PipelineConfig, ScheduleName
 from parallel.exchange import find_exchanges
@@ -47,7 +48,7 @@ class Layout:
         mesh = Mesh(Topology(dp=world, ep=world), torch.device("cpu"))
         self.config, self.lanes = config, mesh.lanes
         pipeline = Pipeline(divide(config, stages), StageMap(((0,),) * stages))
-        self.stages, _ = build_stages(config, dtype, 0, mesh, pipeline, OverlapConfig())
+        self.stages, _ = build_stages(config, Numerics(dtype), 0, mesh, pipeline, OverlapConfig())
         self.batches = [make_batch(config, documents=True, seed=10 * mesh.rank + k) for k in range(BATCHES)]
 
     def cut(self, pieces: int) -> None:

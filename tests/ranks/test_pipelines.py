@@ -10,6 +10,7 @@ from small_models import make_config
 from spawn import run_ranks
 from torch import Tensor
 
+from model.precision import Numerics
 from parallel.build import build_stages
 from parallel.config import PipelineConfig
 from parallel.mesh import Mesh, Traffic
@@ -55,7 +56,7 @@ def make(case: Case, mesh: Mesh, dtype: torch.dtype) -> tuple[Any, Native, Runne
     """The stages of a rank, their engine and their runner."""
     arranged = case.stages
     mesh.share(arranged.shared(case.model))
-    stages, shards = build_stages(case.model, dtype, case.seed, mesh, arranged, case.overlap)
+    stages, shards = build_stages(case.model, Numerics(dtype), case.seed, mesh, arranged, case.overlap)
     runner = Runner(case.parallel, arranged, shape_activations(case.model, case.length, dtype, mesh), mesh)
     return stages, Native(stages, shards, mesh, case.optimizer), runner
 

@@ -5,7 +5,7 @@ import torch
 from small_models import check_gradients
 from torch import Tensor
 
-from model.exchange import lay_out, permute, unpermute
+from model.exchange import lay_out
 from model.experts import Experts, SwiGLU, SwiGLUFunction
 
 EXPERTS, HIDDEN, FFN, TOKENS = 5, 4, 3, 13
@@ -56,13 +56,16 @@ CHOICES = {
 
 def run(experts: Experts, choices: Tensor, source_of_padding: int | None = None) -> list[Tensor]:
     """Output and gradients of tokens, gates and weights."""
-    copies, ends, _ = lay_out(choices.flatten(), torch.arange(choices.numel()) // choices.shape[1], TOKENS, EXPERTS, 4)
+    layout = lay_out(choices.flatten(), torch.arange(choices.numel()) // choices.shape[1], TOKENS, EXPERTS, 4)
     if source_of_padding is not None:
+        copies = layout.copies
         other = torch.full_like(copies.source, source_of_padding)
-        copies = copies._replace(source=other.index_copy(0, copies.slots, copies.source[copies.slots]))
+        layout = layout._replace(
+            copies=copies._replace(source=other.index_copy(0, copies.slots, copies.source[copies.slots]))
+        )
     tokens = random(TOKENS, HIDDEN, seed=7).requires_grad_()
     gates = random(*choices.shape, seed=8).requires_grad_()
-    out = unpermute(experts(permute(tokens, copies), ends), gates.flatten(), copies)
+    out = experts(tokens, gates.flatten(), layout)
     inputs = (tokens, gates, *experts.parameters())
     return [out, *torch.autograd.grad(out, inputs, random(TOKENS, HIDDEN, seed=9))]
 

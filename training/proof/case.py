@@ -15,6 +15,7 @@ import torch
 
 from model.batch import Batch
 from model.config import ModelConfig
+from model.fp8 import Recipe
 from model.transformer import Transformer
 from parallel.config import EngineName, OverlapConfig, ParallelConfig, PipelineConfig
 from parallel.mesh import Mesh
@@ -32,6 +33,7 @@ class Case:
     topology: Topology
     model: ModelConfig
     optimizer: OptimizerConfig
+    recipe: Recipe | None = None  # of products in FP8, rounding and all
     engine: EngineName = EngineName.native
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
@@ -97,10 +99,10 @@ def disturb(case: Case, model: Transformer) -> None:
             router.bias[: case.model.moe.top_k] += 10
 
 
-def place_sequences(case: Case, mesh: Mesh, step: int) -> list[slice]:
-    """Where the sequences of this rank's micro-batches lie in the global batch of a step."""
+def place_sequences(case: Case, replica: int, step: int) -> list[slice]:
+    """Where the sequences of the micro-batches of a rank, by its place in dp, lie in the global batch of a step."""
     schedule, first = case.schedule, case.schedule.before(step)
-    plan = schedule.plan(step, case.micro_batch, mesh.degree(Axis.dp), mesh.coordinate(Axis.dp))
+    plan = schedule.plan(step, case.micro_batch, case.topology.dp, replica)
     return [slice(at - first, at - first + count) for at, count in plan]
 
 
@@ -109,5 +111,5 @@ def share_batch(case: Case, mesh: Mesh, step: int) -> list[Batch]:
     ids, counted, documents = draw_batch(case, step)
     return [
         Batch(ids[place], counted[place], None if documents is None else documents[place])
-        for place in place_sequences(case, mesh, step)
+        for place in place_sequences(case, mesh.coordinate(Axis.dp), step)
     ]

@@ -102,7 +102,7 @@ def restrict(plain: Trace, names: set[str]) -> Trace:
 
 def compare_routing(case: Case, mesh: Mesh, ours: Choices, plain: Choices) -> Difference:
     """Which expert each choice of this rank's tokens fell on: the number of choices that differ."""
-    places = place_sequences(case, mesh, 0)
+    places = place_sequences(case, mesh.coordinate(Axis.dp), 0)
     tokens = span(case.length, mesh.degree(Axis.sequence), mesh.coordinate(Axis.sequence))
     wrong: dict[int, int] = {}
     for (row, microbatch), choices in ours.items():

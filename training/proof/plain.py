@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, count_labels
+from model.block import Block
 from model.build import build
+from model.transformer import Transformer
 from training.config import OptimizerConfig
 from training.engine import Update
 from training.optimizer import match
 from training.proof.case import Case, disturb, draw_batch
+from training.proof.company import Together, find_companies
 from training.proof.trace import Step, Trace, copy_tensors, name_choices, take_gradient, vary_rate, watch_routers
 
 
@@ -25,7 +28,9 @@ class Reference(NamedTuple):
 
 def trace_plain(case: Case) -> Reference:
     """Takes the case's steps on the plain model, with torch's AdamW."""
-    model, config = build(case.model, torch.float64, "cpu", case.seed), case.optimizer
+    model, config = build(case.model, torch.float64, "cpu", case.seed, case.recipe), case.optimizer
+    if case.recipe is not None:
+        join_companies(case, model)
     initial = copy_tensors([model])
     disturb(case, model)
     start, parameters = copy_tensors([model]), dict(model.named_parameters())
@@ -55,6 +60,15 @@ def trace_plain(case: Case) -> Reference:
             first = Trace(initial, once, choices, losses.total.detach(), taken, [], steps, {})
     assert first is not None
     return Reference(first._replace(final=copy_tensors([model])), start)
+
+
+def join_companies(case: Case, model: Transformer) -> None:
+    """Has tokens go through experts with those that they meet in the case's layout."""
+    companies, moe = find_companies(case), case.model.moe
+    for block in model.modules():
+        if isinstance(block, Block) and block.exchange is not None:
+            assert case.recipe is not None
+            block.exchange = Together(moe.experts, case.recipe.activations.tile[1], companies)
 
 
 def group_parameters(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from model.precision import Numerics
 from parallel.build import Shards, build_stages
 from parallel.mesh import Mesh
 from training.engines import build_engine
@@ -18,7 +19,9 @@ def trace_sharded(case: Case, mesh: Mesh, start: Parts) -> tuple[Trace, Shards]:
     """Takes the steps on this rank, from ``start``. Collective over all ranks."""
     pipeline = case.stages
     mesh.share(pipeline.shared(case.model))
-    stages, shards = build_stages(case.model, torch.float64, case.seed, mesh, pipeline, case.overlap)
+    stages, shards = build_stages(
+        case.model, Numerics(torch.float64, case.recipe), case.seed, mesh, pipeline, case.overlap
+    )
     runner = Runner(case.parallel, pipeline, shape_activations(case.model, case.length, torch.float64, mesh), mesh)
     initial = copy_tensors(stages.values())
     with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.batch import Batch, Losses
 from parallel.build import Shards, Stages
 from parallel.mesh import Mesh
+from parallel.topology import Axis
 from training import microbatches
 from training.agree import sum_over
 from training.engine import Hidden, Unrolling, differentiate, unroll_stage
@@ -77,7 +78,7 @@ def trace_unaided(case: Case, mesh: Mesh, stages: Stages, shards: Shards, runner
     gradients = {name: take_gradient(parameter) for name, parameter in parameters.items()}
     gradients = reduce_parts(gradients, shards, mesh, dist.ReduceOp.SUM)
     read = torch.zeros(case.sequences, dtype=torch.int64)
-    for place in place_sequences(case, mesh, 0):
+    for place in place_sequences(case, mesh.coordinate(Axis.dp), 0):
         read[place] += 1
     others = case.topology.world // case.topology.dp  # ranks that read the same sequences
     loss = sum_over(engine.loss, mesh)

@@ -1,0 +1,118 @@
+"""Routed experts in FP8, from tokens that have come to what they made of them: one operation, so that each tensor is
+quantised where it is smallest, and kept in FP8.
+
+    tokens [R, H] -- quantised -- copied to rows -- gate and up -> both [P, 2F]      kept: tokens and both, in FP8
+    hidden [P, F] = silu(gate) up, times the choice's gate -- quantised -- down -> rows -- summed over copies -> [R, H]
+
+    g [R, H] -- quantised -- copied to rows -- down' -> g hidden; hidden again from both (DeepSeek-V3, section 3.3.3)
+    g both [P, 2F] -- quantised -- gate and up' -> rows -- summed over copies -> g tokens [R, H]
+
+The gate weighs what enters the last product, not what leaves it: rows come out of it ready to be summed, no output is
+kept for the gate's gradient, and the gradient that enters is that of a token, the same for all of its copies.
+Shapes as in model/exchange.py: R tokens, C choices, P rows, E experts.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from model.exchange import Layout, sum_copies
+from model.experts import Experts
+from model.fp8 import Quantised, Recipe, dequantise, quantise
+from model.fp8_linear import list_parts, quantise_once
+from model.fp8_products import Operand, multiply_rows, multiply_weights
+from model.linear import Deferred, WeightGradient
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """``tensors``: tokens, gates [C], weights [E, 2, F, H] and [E, H, F], the copies' three, and the ends of runs."""
+
+    @staticmethod
+    def forward(ctx, recipe: Recipe, deferred: Deferred, *tensors: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        tokens, gates, gate_up, down, source, slots, starts, ends = tensors
+        kept = quantise_once(tokens, recipe.activations.rounded())
+        rows = copy(kept, source, slots)
+        made = [
+            multiply_rows(rows, quantise(part, recipe.weights), ends, tokens.dtype) for part in split(gate_up, recipe)
+        ]
+        both = (made[0] if len(made) == 1 else torch.cat(made, 1)).to(kept.scales.dtype)
+        inner = quantise(both, recipe.activations)
+        gate, up = both.chunk(2, dim=1)
+        hidden = F.silu(gate) * up * spread(gates, slots, gate)
+        out = multiply_rows(quantise(hidden, recipe.activations), quantise(down, recipe.weights), ends, tokens.dtype)
+        ctx.save_for_backward(*kept[:2], *inner[:2], *tensors[1:])
+        ctx.recipe, ctx.deferred, ctx.dtype = recipe, deferred, tokens.dtype
+        # The parameters themselves: see model/linear.py.
+        ctx.parameters = (None, None) if deferred is None else (gate_up, down)
+        return sum_copies(out, slots, starts)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        recipe, tile = ctx.recipe, ctx.recipe.activations.tile
+        tokens, scales, inner, inner_scales, gates, gate_up, down, source, slots, starts, ends = ctx.saved_tensors
+        rows = copy(quantise_once(g, recipe.gradients.rounded()), source, slots)
+        weighed = multiply_rows(rows, quantise(down.mT, recipe.weights), ends, scales.dtype)
+        gate, up = dequantise(Quantised(inner, inner_scales, tile)).chunk(2, dim=1)
+        share = spread(gates, slots, gate)
+        hidden = F.silu(gate) * up
+        g_gates = (weighed * hidden).sum(1, dtype=gates.dtype).index_select(0, slots)
+        g_hidden = weighed * share
+        g_both = torch.cat((torch.ops.aten.silu_backward(g_hidden * up, gate), g_hidden * F.silu(gate)), 1)
+        parts = split(gate_up, recipe)
+        g_parts = g_both.split([part.shape[1] for part in parts], dim=1)
+        g_rows = [
+            multiply_rows(quantise(g_part, recipe.gradients), quantise(part.mT, recipe.weights), ends, scales.dtype)
+            for g_part, part in zip(g_parts, parts, strict=True)
+        ]
+        g_tokens = sum_copies(sum(g_rows[1:], g_rows[0]).to(ctx.dtype), slots, starts)
+
+        def compute_down() -> Tensor:
+            left = Operand(dequantise(rows), recipe.gradients.rounded())
+            return multiply_weights(left, Operand(hidden * share, recipe.activations), ends, down.dtype)
+
+        def compute_gate_up() -> Tensor:
+            read = dequantise(copy(Quantised(tokens, scales, tile), source, slots))
+            right = Operand(read, recipe.activations.rounded())
+            made = [multiply_weights(Operand(part, recipe.gradients), right, ends, gate_up.dtype) for part in g_parts]
+            return torch.cat(made, 1).view(gate_up.shape)
+
+        if ctx.deferred is None:
+            return None, None, g_tokens, g_gates, compute_gate_up(), compute_down(), *(None,) * 4
+        ctx.deferred += [
+            WeightGradient(parameter, compute)
+            for parameter, compute in zip(ctx.parameters[::-1], (compute_down, compute_gate_up), strict=True)
+        ]
+        return None, None, g_tokens, g_gates, *(None,) * 6
+
+
+class FP8Experts(Experts):
+    """``Experts`` with the same parameters, by ``recipe``; tokens and their gradients have powers of two as scales."""
+
+    def __init__(self, plain: Experts, recipe: Recipe) -> None:
+        nn.Module.__init__(self)
+        self.gate_up, self.down, self.recipe = plain.gate_up, plain.down, recipe
+        self.wanted = recipe.activations.rounded(), recipe.gradients.rounded()
+
+    def forward(self, tokens: Tensor, gates: Tensor, layout: Layout, deferred: Deferred = None) -> Tensor:
+        """See ``Experts``."""
+        weights = self.gate_up.weight, self.down.weight
+        return ExpertsFunction.apply(self.recipe, deferred, tokens, gates, *weights, *layout.copies, layout.ends)
+
+
+def copy(tokens: Quantised, source: Tensor, slots: Tensor) -> Quantised:
+    """tokens [R, H] -> rows [P, H]; those that are nobody's are zero."""
+    values, scales, tile = tokens
+    empty = torch.ones(len(source), 1, dtype=torch.bool, device=source.device).index_fill_(0, slots, False)
+    rows = values.view(torch.uint8).index_select(0, source).masked_fill_(empty, 0).view(values.dtype)
+    # A scale of its own for each row, or one for all.
+    return Quantised(rows, scales.index_select(0, source) if tile[0] == 1 else scales, tile)
+
+
+def spread(gates: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+    """gates [C] -> [P, 1], zero where a row is nobody's; as wide as ``rows``."""
+    return rows.new_zeros(len(rows)).index_copy_(0, slots, gates.to(rows.dtype)).unsqueeze(1)
+
+
+def split(gate_up: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+    """[E, 2, F, H] -> what is multiplied at once, each [E, *, H]."""
+    return gate_up.flatten(1, 2).split(list_parts((gate_up.shape[2],) * 2, recipe), dim=1)
