@@ -11,9 +11,9 @@ from configs.cluster import ClusterConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.rules import check, check_model, check_pipeline
+from parallel.rules import check, check_model, check_pipeline, check_tiles
 from parallel.topology import Topology
-from training.config import CheckpointConfig, DataConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
+from training.config import TILES, CheckpointConfig, DataConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
 from training.ramp import batch_sizes
 from training.support import check as check_engine
 from training.support import check_compile, check_microbatches, check_overlap
@@ -54,6 +54,8 @@ class TrainConfig:
             )
         check_engine(self.parallel.engine, self.precision, self.optimizer, self.model.recompute)
         p, length = self.parallel, self.data.sequence_length
+        if self.precision in TILES:
+            check_tiles(self.model, length, p.tp, TILES[self.precision])
         check_pipeline(self.model, p)
         check_overlap(p, self.run.device)
         if p.pipeline.file is None:

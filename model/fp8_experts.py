@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from model.exchange import Layout, sum_copies
 from model.experts import Experts
-from model.fp8 import Quantised, Recipe, dequantise, quantise
+from model.fp8 import Quantised, Recipe, dequantise
 from model.fp8_linear import list_parts, quantise_once
-from model.fp8_products import Operand, multiply_rows, multiply_weights
+from model.fp8_ops import Operand, multiply_rows, multiply_weights, quantise
 from model.linear import Deferred, WeightGradient
 
 

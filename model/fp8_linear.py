@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from model.fp8 import Quantised, Recipe, Scaling, dequantise, quantise
-from model.fp8_products import multiply
+from model.fp8 import Quantised, Recipe, Scaling, dequantise
+from model.fp8_ops import multiply, quantise
 from model.linear import Deferred, Linear, WeightGradient
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import model.fp8_products  # noqa: F401 (its operators)
+import model.fp8_ops  # noqa: F401 (its operators)
 from model.config import ModelConfig, Recompute
 
 COMMUNICATION = "shoestring_comm"  # ops of this namespace talk to other ranks

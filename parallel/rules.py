@@ -63,6 +63,25 @@ def check_model(model: ModelConfig, sequence_length: int, layout: Topology | Par
         )
 
 
+def check_tiles(model: ModelConfig, sequence_length: int, tp: int, tile: int) -> None:
+    """Raises ValueError if ``tp`` cuts one of the widths that a product in FP8 has elsewhere than between tiles."""
+    a, dense = model.attention, model.dense_layers > 0 or not model.moe.experts
+    widths = {
+        "model.attention.heads * (nope_dim + rope_dim)": a.heads * (a.nope_dim + a.rope_dim),
+        "model.attention.heads * (nope_dim + v_dim)": a.heads * (a.nope_dim + a.v_dim),
+        "model.attention.heads * v_dim": a.heads * a.v_dim,
+        "data.sequence_length": sequence_length,
+        **({"model.ffn": model.ffn} if dense else {}),
+        **({"model.moe.ffn * shared_experts": model.moe.ffn * model.moe.shared_experts} if model.moe.experts else {}),
+    }
+    for key, width in widths.items():
+        if tp > 1 and width % (tp * tile):
+            raise ValueError(
+                f"parallel.tp={tp} must cut {key} = {width} into multiples of {tile}, and {_part(width, tp)} is none: "
+                f"in this precision {tile} values share a scale; the nearest it can cut: {_multiples(width, tp * tile)}"
+            )
+
+
 def check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     """The rules of a schedule by name that hold whatever the batch is. Raises ValueError.
 
@@ -73,6 +92,11 @@ def check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
         # As many micro-batches as any schedule wants.
         check_schedule(parallel.schedule, parallel.pp, 2 * parallel.pp, p.virtual)
         divide(model, SCHEDULES[parallel.schedule].stages(parallel.pp, p.virtual), p.layers)
+
+
+def _part(width: int, degree: int) -> str:
+    """What a rank of ``degree`` gets of ``width``."""
+    return f"{width}/{degree}" if width % degree else str(width // degree)
 
 
 def _divisors(number: int, degree: int) -> str:

@@ -18,6 +18,10 @@ class Precision(StrEnum):
     fp64 = "fp64"
 
 
+# Values that share a scale: what tp cuts, it cuts between tiles.
+TILES = {Precision.fp8: 128, Precision.mxfp8: 32}
+
+
 class MomentDtype(StrEnum):
     """The dtype in which AdamW keeps its moments. ``master``: that of the master weights."""
 

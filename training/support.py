@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from model.config import Recompute
 from parallel.config import EngineName, ParallelConfig, TensorOverlap
 from parallel.pipeline.schedules import check as check_schedule
-from training.config import Compile, Device, MomentDtype, OptimizerConfig, Precision, RunSection
+from training.config import TILES, Compile, Device, MomentDtype, OptimizerConfig, Precision, RunSection
 from training.ramp import count_microbatches, schedule_batches
 
 DEEPSPEED = (EngineName.zero1, EngineName.zero2, EngineName.zero3)
@@ -25,6 +25,11 @@ def check(engine: EngineName, precision: Precision, optimizer: OptimizerConfig, 
         raise ValueError(
             f"parallel.engine={engine} needs DeepSpeed, which is not installed; install deepspeed, or take "
             "parallel.engine=native, which does ZeRO-1 by itself"
+        )
+    if precision in TILES and engine is EngineName.zero3:
+        raise ValueError(
+            f"parallel.engine={engine} must be another one with precision={precision}: experts in FP8 read weights "
+            "that ZeRO-3 gathers for calls they do not make"
         )
     if precision is Precision.fp64:
         raise ValueError(

@@ -3,12 +3,13 @@
 kept        degrees, engine, heads, experts, groups, top_k, shared experts, router, prediction depth, recomputation,
             tied embeddings, optimizer, moves of experts, and what is left over when a width is divided among the ranks;
             a pipeline's schedule, stages, and what is left over when its micro-batches are divided among its ranks
-shrunk      layers to one of each kind, or to one a stage and one over; hidden sizes, vocabulary, tokens of a sequence;
-            micro-batches to twice the pipeline's ranks
+shrunk      layers to one of each kind, or to one a stage and one over; hidden sizes, vocabulary, tokens of a sequence
+            (in FP8 to tiles); micro-batches to twice the pipeline's ranks
 left out    names and the learning rate's size and schedule: configurations that differ in them alone have one proof
 lowered     above ``RANKS`` ranks dp, ep as far as it then has to be, and a pipeline of more than ``LENGTH`` ranks
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,9 +20,11 @@ from parallel.config import ParallelConfig, PipelineConfig, ScheduleName, Tensor
 from parallel.pipeline.plan import schedule_of
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.topology import Topology
-from training.config import MomentDtype, RateConfig
+from training.config import TILES, MomentDtype, RateConfig
+from training.determinism import NUMERICS
 from training.proof.case import Case
 from training.ramp import count_microbatches
+from training.support import DEEPSPEED
 
 RANKS = 16
 LENGTH = 4  # of a pipeline: ends, and something between them
@@ -45,15 +48,25 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
     if overlap.tensor is TensorOverlap.fused:
         unproved.append("parallel.overlap.tensor=fused: proved with blocks, which runs on a processor")
         overlap = replace(overlap, tensor=TensorOverlap.blocks)
+    rounded = config.precision in TILES and parallel.engine in DEEPSPEED
+    if rounded:
+        unproved.append(
+            f"steps after the first: parallel.engine={parallel.engine} rounds weights to float32, which moves some to "
+            f"another value of precision={config.precision}"
+        )
     stages = 1
     if topology.pp == 1 and pipeline == PipelineConfig(schedule=ScheduleName["1f1b"]):
         accumulation = min(count, 2)
     else:
         accumulation = count if pipeline.file else max(3, 2 * small.pp + count % small.pp)
         stages = schedule_of(ParallelConfig(pp=small.pp, pipeline=pipeline), accumulation).stages
+    model, recipe = shrink_model(config.model, small.stage_size, stages), NUMERICS[config.precision].recipe
+    tile = 1 if recipe is None else recipe.activations.tile[1]
+    length = max(2, TOKENS // (small.cp * small.tp))
     case = Case(
         topology=small,
-        model=shrink_model(config.model, small.stage_size, stages),
+        model=model if recipe is None else widen(model, small.tp, tile),
+        recipe=recipe,
         optimizer=replace(
             config.optimizer,
             lr=1e-3,
@@ -66,9 +79,10 @@ def shrink(config: TrainConfig, topology: Topology) -> Shrunk:
         overlap=overlap,
         micro_batch=min(config.run.micro_batch, 2),
         accumulation=accumulation,
-        length=small.cp * small.tp * max(2, TOKENS // (small.cp * small.tp)),
+        length=small.cp * small.tp * max(length, tile),
         documents=config.data.mask_documents,
         rebalance=parallel.rebalance_every > 0,
+        **({"steps": 1} if rounded else {}),
     )
     moving = ", experts change ranks after every step" if case.rebalance else ""
     cases = {f"spread{moving}": case}
@@ -107,6 +121,26 @@ def shrink_model(model: ModelConfig, ranks: int, stages: int = 1) -> ModelConfig
         moe=replace(model.moe, ffn=reduce(model.moe.ffn, 5), pad=min(model.moe.pad, 4))
         if model.moe.experts
         else model.moe,
+    )
+
+
+def widen(model: ModelConfig, tp: int, tile: int) -> ModelConfig:
+    """``model`` with widths that ``tp`` cuts into whole tiles: those of each head as small as that allows."""
+    heads = model.attention.heads // tp
+    width = max(2, tile // math.gcd(tile, heads))
+    return replace(
+        model,
+        hidden=tile,
+        ffn=tp * tile,
+        attention=replace(
+            model.attention,
+            q_rank=None if model.attention.q_rank is None else tile,
+            kv_rank=tile,
+            nope_dim=width,
+            rope_dim=width,
+            v_dim=width,
+        ),
+        moe=replace(model.moe, ffn=tp * tile) if model.moe.experts else model.moe,
     )
 
 

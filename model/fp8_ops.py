@@ -1,39 +1,24 @@
-"""The three products of FP8 training, as operators: how they run is one row per device type in ``PRODUCTS``.
+"""What FP8 training computes, as operators: how each runs is one row per device type in ``OPERATORS``.
 
+    quantise           x [..., R, C]                   -> values and scales, by tiles
     multiply           a [M, K], b [N, K]              -> a b^T [M, N]
     multiply_rows      a [P, K], b [E, N, K], ends     -> y [P, N], each expert's run of rows by its own matrix
     multiply_weights   g [P, O], x [P, I], ends        -> g^T x [E, O, I], a sum over each expert's run of rows
 
-Both operands have their scales along K. Sums over rows have no such tiles yet: ``multiply_weights`` quantises its
-operands along rows itself, each run from its first row on. Runs end at ``ends`` [E] int32; rows past the last are zero
-in every result. Sums are taken in the dtype of the scales; results are rounded to ``dtype`` once.
+Operands of products have their scales along K. Sums over rows have no such tiles yet: ``multiply_weights`` quantises
+its operands along rows itself, each run from its first row on. Runs end at ``ends`` [E] int32; rows past the last are
+zero in every result. Sums are taken in the dtype of the scales; results are rounded to ``dtype`` once.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.fp8 import Quantised, Scaling, dequantise, quantise
+from model import fp8
+from model.fp8 import Quantised, Scaling, dequantise
 from model.grouped import PRODUCTS as GROUPED
-
-
-class Multiply(Protocol):
-    """See ``multiply``."""
-
-    def __call__(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor: ...
-
-
-class MultiplyRows(Protocol):
-    """See ``multiply_rows``."""
-
-    def __call__(self, a: Quantised, b: Quantised, ends: Tensor, dtype: torch.dtype) -> Tensor: ...
-
-
-class MultiplyWeights(Protocol):
-    """See ``multiply_weights``."""
-
-    def __call__(self, g: "Operand", x: "Operand", ends: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 class Operand(NamedTuple):
@@ -43,12 +28,13 @@ class Operand(NamedTuple):
     scaling: Scaling
 
 
-class Products(NamedTuple):
-    """All three on one device type."""
+class Operators(NamedTuple):
+    """All of them on one device type, with the arguments of the functions below."""
 
-    multiply: Multiply
-    rows: MultiplyRows
-    weights: MultiplyWeights
+    quantise: Callable[[Tensor, Scaling], Quantised]
+    multiply: Callable[[Quantised, Quantised, torch.dtype], Tensor]
+    rows: Callable[[Quantised, Quantised, Tensor, torch.dtype], Tensor]
+    weights: Callable[[Operand, Operand, Tensor, torch.dtype], Tensor]
 
 
 def _multiply(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
@@ -64,19 +50,33 @@ def _multiply_weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) 
     start = 0
     for gradient, end in zip(out, ends.tolist(), strict=True):
         if end > start:
-            left, right = (quantise(rows[start:end].t(), scaling) for rows, scaling in (g, x))
+            left, right = (fp8.quantise(rows[start:end].t(), scaling) for rows, scaling in (g, x))
             gradient.copy_(_multiply(left, right, dtype))
         start = end
     return out
 
 
-REFERENCE = Products(_multiply, _multiply_rows, _multiply_weights)
-PRODUCTS = {"cpu": REFERENCE, "cuda": REFERENCE}  # on a GPU: the same numbers, until there are kernels
+REFERENCE = Operators(fp8.quantise, _multiply, _multiply_rows, _multiply_weights)
+OPERATORS = {"cpu": REFERENCE, "cuda": REFERENCE}  # on a GPU the same numbers, until its kernels are there
+
+
+@torch.library.custom_op("shoestring::fp8_quantise", mutates_args=())
+def _fp8_quantise(x: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor]:
+    values, scales, _ = OPERATORS[x.device.type].quantise(x, Scaling((tile[0], tile[1]), powers))
+    return values.contiguous(), scales.contiguous()  # what is summed over lies side by side
+
+
+@_fp8_quantise.register_fake
+def _(x: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor]:
+    *others, rows, columns = x.shape
+    tiles = [-(-size // min(length, max(size, 1))) for size, length in zip((rows, columns), tile, strict=True)]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape, dtype=fp8.FORMATS[x.device.type].dtype), x.new_empty(*others, *tiles, dtype=wide)
 
 
 @torch.library.custom_op("shoestring::fp8_multiply", mutates_args=())
 def _fp8_multiply(operands: list[Tensor], tiles: list[int], dtype: torch.dtype) -> Tensor:
-    return PRODUCTS[operands[0].device.type].multiply(*_unpack(operands, tiles), dtype)
+    return OPERATORS[operands[0].device.type].multiply(*_unpack(operands, tiles), dtype)
 
 
 @_fp8_multiply.register_fake
@@ -87,7 +87,7 @@ def _(operands: list[Tensor], tiles: list[int], dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("shoestring::fp8_rows", mutates_args=())
 def _fp8_rows(operands: list[Tensor], tiles: list[int], ends: Tensor, dtype: torch.dtype) -> Tensor:
-    return PRODUCTS[ends.device.type].rows(*_unpack(operands, tiles), ends, dtype)
+    return OPERATORS[ends.device.type].rows(*_unpack(operands, tiles), ends, dtype)
 
 
 @_fp8_rows.register_fake
@@ -102,12 +102,17 @@ def _fp8_weights(
 ) -> Tensor:
     left = Operand(g, Scaling((tiles[0], tiles[1]), powers[0]))
     right = Operand(x, Scaling((tiles[2], tiles[3]), powers[1]))
-    return PRODUCTS[g.device.type].weights(left, right, ends, dtype)
+    return OPERATORS[g.device.type].weights(left, right, ends, dtype)
 
 
 @_fp8_weights.register_fake
 def _(g: Tensor, x: Tensor, tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype) -> Tensor:
     return g.new_empty(len(ends), g.shape[1], x.shape[1], dtype=dtype)
+
+
+def quantise(x: Tensor, scaling: Scaling) -> Quantised:
+    """x [..., R, C], by tiles of its last two dims."""
+    return Quantised(*_fp8_quantise(x, list(scaling.tile), scaling.powers), scaling.tile)
 
 
 def multiply(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
