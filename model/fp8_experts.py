@@ -104,8 +104,7 @@ def copy(tokens: Quantised, source: Tensor, slots: Tensor) -> Quantised:
     values, scales, tile = tokens
     empty = torch.ones(len(source), 1, dtype=torch.bool, device=source.device).index_fill_(0, slots, False)
     rows = values.view(torch.uint8).index_select(0, source).masked_fill_(empty, 0).view(values.dtype)
-    # A scale of its own for each row, or one for all.
-    return Quantised(rows, scales.index_select(0, source) if tile[0] == 1 else scales, tile)
+    return Quantised(rows, scales.index_select(0, source // tile[0]), (1, tile[1]))
 
 
 def spread(gates: Tensor, slots: Tensor, rows: Tensor) -> Tensor:

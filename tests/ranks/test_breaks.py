@@ -44,7 +44,8 @@ BLOCK = Site(MATMUL, "_swap", "dist.batch_isend_irecv")  # of other backends tha
 TOTAL = Site(TENSOR, "_total", "all_reduce")
 LARGEST, SUMS = Site(LOSS, CROSS_ENTROPY, "all_reduce", 0), Site(LOSS, CROSS_ENTROPY, "all_reduce", 1)
 OUT, OUT_BACK = (Site(EXCHANGE, f"ToExperts.{of}", "all_to_all_joined") for of in ("there", "back"))
-HOME, HOME_BACK = (Site(EXCHANGE, f"FromExperts.{of}", "all_to_all") for of in ("there", "back"))
+HOME = Site(EXCHANGE, "FromExperts.there", "all_to_all")
+HOME_BACK = Site(EXCHANGE, "FromExperts.back", "all_to_all_joined")
 WHOLE = Site(COLLECTIVES, "all_to_all", "dist.all_to_all_single")  # of other backends than gloo
 COUNTS = Site(EXCHANGE, "ExpertExchange.announce", "all_to_all")
 ADD, COPY = Site(REDUCE, "_add_in_rank_order", "_exchange"), Site(REDUCE, "_copy_to_all", "_exchange")
@@ -79,7 +80,7 @@ BREAKS = [
     *(Break(OUT, kind) for kind in ("zeroed", "doubled", "swapped splits", "indices shuffled")),
     *(Break(OUT_BACK, kind) for kind in ("zeroed", "doubled", "averaged", "swapped splits")),
     *(Break(HOME, kind) for kind in ("skipped", "doubled", "swapped splits")),
-    *(Break(HOME_BACK, kind) for kind in ("skipped", "doubled", "averaged", "swapped splits")),
+    *(Break(HOME_BACK, kind) for kind in ("zeroed", "doubled", "averaged", "swapped splits")),
     Break(Site(COLLECTIVES, "all_to_all_joined", "all_to_all"), "swapped splits"),
     *(Break(ADD, kind) for kind in ("received doubled", "received averaged")),
     *(Break(COPY, kind) for kind in ("received doubled", "received averaged")),
