@@ -202,7 +202,7 @@ COMPLETIONS = {
     "shoestring train run=": ["deepseek_v2_lite", "deepseek_v3", "small", "tiny"],
     "shoestring train model=deepseek_v3 model.m": ["model.moe.", "model.mtp."],
     "shoestring train model.rope.t": ["model.rope.theta="],
-    "shoestring train precision=": ["bf16", "fp32", "fp64"],
+    "shoestring train precision=": ["bf16", "fp8", "mxfp8", "fp32", "fp64"],
     "shoestring train run.sinks=": ["[tensorboard]", "[wandb]"],
     "shoestring train model.tied=t": ["true"],
     "shoestring train --mu": ["--multirun"],

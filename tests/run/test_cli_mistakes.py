@@ -36,7 +36,7 @@ OVERRIDES = {
     "model.tied=maybe": "must be true or false",
     "run.name=null": "must be a string",
     "model.name=[a]": "must be a string",
-    "precision=fp16": "must be one of bf16, fp32, fp64",
+    "precision=fp16": "must be one of bf16, fp8, mxfp8, fp32, fp64",
     "run.device=cudda": "must be one of auto, cpu, cuda, xpu; did you mean cuda?",
     "optimizer.rate.shape=cosin": "did you mean cosine?",
     "run.sinks=wandb": "did you mean [wandb]?",
@@ -135,6 +135,9 @@ LINES = {
     ("params", "parallel.engine=zero3", "parallel.pipeline.schedule=zb_h1"): ("schedule=zb_h1", "must be 1f1b"),
     ("params", "parallel.engine=zero3", "parallel.pipeline.file=a.txt"): ("file=a.txt", "must be left out"),
     ("params", "parallel.engine=zero3", "precision=fp64"): ("engine=zero3", "precision=fp64"),
+    ("params", "parallel.engine=zero3", "precision=fp8"): ("engine=zero3", "precision=fp8"),
+    ("params", "parallel.tp=2", "precision=fp8"): ("heads * (nope_dim + rope_dim) = 192", "96 is none"),
+    ("params", "parallel.tp=2", "precision=mxfp8", "data.sequence_length=96"): ("sequence_length = 96", "64, 128"),
     ("params", "parallel.engine=zero3", "parallel.rebalance_every=2"): ("rebalance_every=2", "does not move experts"),
     (
         "params",

@@ -10,7 +10,7 @@ from launcher.compose import Composer
 from model.config import AttentionConfig, ModelConfig, MoEConfig
 from parallel.config import EngineName, ParallelConfig, PipelineConfig, ScheduleName
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.rules import check, check_model
+from parallel.rules import check, check_model, check_tiles
 from parallel.topology import Topology, arrange
 from training.ramp import batch_sizes, schedule_batches
 
@@ -25,6 +25,29 @@ LENGTH = 60
 
 def compose(*overrides: str) -> TrainConfig:
     return COMPOSER.compose(overrides)[0]
+
+
+WIDE = ModelConfig(
+    name="tiles", vocab_size=301, num_layers=3, dense_layers=1, hidden=200, ffn=512,
+    attention=AttentionConfig(heads=8, kv_rank=100, nope_dim=64, rope_dim=32, v_dim=64),
+    moe=MoEConfig(experts=30, top_k=2, ffn=256, shared_experts=2),
+)  # fmt: skip
+
+
+def test_tp_cuts_between_tiles() -> None:
+    """Widths that tp cuts: 768, 1024, 512, 512 and 512, and sequences of 1024."""
+    for tp, tile in ((1, 128), (1, 100), (2, 128), (4, 64), (4, 32), (8, 32)):
+        check_tiles(WIDE, 1024, tp, tile)
+    for changed, says in (
+        (replace(WIDE, ffn=500), r"cut model\.ffn = 500 into multiples of 128, and 250 is none: .* cut: 256, 512"),
+        (replace(WIDE, attention=replace(WIDE.attention, v_dim=48)), r"nope_dim \+ v_dim\) = 896 .* 448 is none"),
+        (replace(WIDE, moe=replace(WIDE.moe, ffn=100)), r"ffn \* shared_experts = 200 .* 100 is none"),
+    ):
+        with pytest.raises(ValueError, match=rf"^parallel\.tp=2 must .*{says}"):
+            check_tiles(changed, 1024, 2, 128)
+    with pytest.raises(ValueError, match=r"^parallel\.tp=2 must cut data.sequence_length = 320 .* cut: 256, 512"):
+        check_tiles(WIDE, 320, 2, 128)
+    check_tiles(replace(WIDE, dense_layers=0, ffn=500, moe=replace(WIDE.moe, shared_experts=0)), 1024, 2, 128)
 
 
 def test_a_layout_is_taken_exactly_when_everything_divides() -> None:

@@ -9,7 +9,10 @@ from small_runs import make_run
 
 from parallel.config import EngineName, OverlapConfig, ParallelConfig, PipelineConfig, ScheduleName, TensorOverlap
 from parallel.pipeline.schedules import SCHEDULES
+from parallel.rules import check_tiles
 from parallel.topology import Topology
+from training.config import TILES, Precision
+from training.determinism import NUMERICS
 from training.proof.shrink import RANKS, list_lengths, lower, shrink, shrink_model
 
 
@@ -94,6 +97,28 @@ def test_learning_rates_and_sizes_share_a_proof(tmp_path: Path) -> None:
     )
     assert shrink(small, Topology(dp=2)) == shrink(large, Topology(dp=2))
     assert shrink(small, Topology(dp=2)) != shrink(small, Topology(dp=2, ep=2))
+
+
+@pytest.mark.parametrize("precision", TILES)
+@pytest.mark.parametrize("heads", [2, 8, 128])
+def test_in_fp8_tp_cuts_between_tiles(tmp_path: Path, precision: Precision, heads: int) -> None:
+    config: Any = make_run(
+        tmp_path, model=make_config(vocab_size=264, attention={"heads": heads}, mtp=1), precision=precision
+    )
+    for tp in (1, 2):
+        config.parallel = ParallelConfig(tp=tp)
+        for case in shrink(config, Topology(dp=2, tp=tp)).cases.values():
+            assert case.recipe == NUMERICS[precision].recipe
+            check_tiles(case.model, case.length, tp, TILES[precision])
+            assert case.model.attention.heads == heads
+
+
+def test_what_deepspeed_rounds_is_not_proved(tmp_path: Path) -> None:
+    config: Any = make_run(tmp_path, precision=Precision.fp8)
+    config.parallel = ParallelConfig(engine=EngineName.zero1)
+    cases, unproved = shrink(config, Topology(dp=2))
+    assert {case.steps for case in cases.values()} == {1}
+    assert [line.split(":")[0] for line in unproved] == ["steps after the first"]
 
 
 def test_what_is_too_large_for_a_machine_is_refused() -> None:

@@ -31,6 +31,15 @@ def test_deepspeed_refuses(engine: str) -> None:
         check(EngineName(engine), Precision.bf16, NARROW, KEEP)
 
 
+@pytest.mark.parametrize("precision", [Precision.fp8, Precision.mxfp8])
+def test_all_but_one_train_in_fp8(precision: Precision) -> None:
+    for engine in EngineName:
+        if engine is not EngineName.zero3:
+            check(engine, precision, ADAM, KEEP)
+    with pytest.raises(ValueError, match=rf"^parallel.engine=zero3 must be another one with precision={precision}: "):
+        check(EngineName.zero3, precision, ADAM, KEEP)
+
+
 def test_deepspeed_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.support.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^parallel.engine=zero1 needs DeepSpeed, which is not installed"):
