@@ -112,7 +112,8 @@ def _(g: Tensor, x: Tensor, tiles: list[int], powers: list[bool], ends: Tensor, 
 
 def quantise(x: Tensor, scaling: Scaling) -> Quantised:
     """x [..., R, C], by tiles of its last two dims."""
-    return Quantised(*_fp8_quantise(x, list(scaling.tile), scaling.powers), scaling.tile)
+    values, scales = _fp8_quantise(x, list(scaling.tile), scaling.powers)
+    return Quantised(values, scales, scaling.tile)
 
 
 def multiply(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:

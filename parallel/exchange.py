@@ -30,7 +30,7 @@ from parallel.mesh import Mesh, Traffic
 from parallel.overlap.flight import Tensors, arrive, depart
 from parallel.pending import Pending
 from parallel.topology import Axis
-from parallel.wire import Plain, Wire
+from parallel.wire import Wanted, Wire, choose_wire
 
 
 class Way(NamedTuple):
@@ -58,16 +58,6 @@ class Announced(NamedTuple):
     slots: tuple[Tensor, ...]  # of every piece, [T, K] int64
     sendings: tuple[Sending, ...]
     counts: Pending[Tensor]  # [n, 2 pieces], rows and choices from each rank, piece by piece
-
-
-class Wires(NamedTuple):
-    """How tokens travel to experts, and gradients of what those made of them."""
-
-    there: Wire
-    back: Wire
-
-
-PLAIN = Wires(Plain(), Plain())
 
 
 class ToExperts(NamedTuple):
@@ -113,12 +103,14 @@ class FromExperts(NamedTuple):
 class ExpertExchange:
     """The exchange over an ep group: see ``model.exchange.Exchange``."""
 
-    def __init__(self, experts: int, pad: int, mesh: Mesh, pieces: int = 1, wires: Wires = PLAIN) -> None:
-        """``experts`` in all; ep divides them. Tokens go in so many ``pieces``, each by itself."""
+    def __init__(self, experts: int, pad: int, mesh: Mesh, pieces: int = 1, wanted: Wanted = (None, None)) -> None:
+        """``experts`` in all; ep divides them. Tokens go in so many ``pieces``, each by itself, quantised as they are
+        ``wanted``: see ``model.experts.Experts``.
+        """
         self.experts, self.pad, self.ranks, self.pieces = experts, pad, mesh.degree(Axis.ep), pieces
         self.places = torch.arange(experts, device=mesh.device)  # [E] int64, the slot of every expert
         self._view = look(mesh.topology.group(mesh.rank, Axis.ep), mesh.rank, mesh.ranks_per_node, mesh.device)
-        self.lanes, self._wires = mesh.lanes, wires
+        self.lanes, self._there, self._back = mesh.lanes, *map(choose_wire, wanted)
         self._travelled = torch.zeros(4, dtype=torch.int64, device=mesh.device)
         self._tokens, self._counts = mesh.group(Axis.ep, Traffic.tokens), mesh.group(Axis.ep, Traffic.counts)
 
@@ -131,7 +123,7 @@ class ExpertExchange:
 
     def dispatch(self, tokens: Tensor, gates: Tensor, announced: Announced) -> tuple[Shipped, ...]:
         with torch.no_grad():
-            packed = self._wires.there.pack(tokens)
+            packed = self._there.pack(tokens)
         row_bytes = sum(part.shape[1] * part.element_size() for part in packed)
         for sending in announced.sendings:
             self._travelled += count(sending.touched, self._view, row_bytes)
@@ -155,7 +147,7 @@ class ExpertExchange:
         mixed, layout = computed
         assert layout.home is not None
         sent, received = layout.home.splits.tolist()
-        route = FromExperts(Way(received, sent, self._tokens), self._wires.back)
+        route = FromExperts(Way(received, sent, self._tokens), self._back)
         flight, connection = depart(route, self.lanes, mixed)
         return Shipped((connection,), (flight, layout.home.copies))
 
@@ -168,7 +160,7 @@ class ExpertExchange:
         """Starts to send a piece, as ``ToExperts`` takes it; ``sizes`` [2, 2, n]: rows and choices, here and there."""
         (sent, received), (_, choices) = sizes.tolist()
         copies = copy_out(sending.touched, sum(sent))
-        route = ToExperts(copies, Way(sent, received, self._tokens), self._wires.there)
+        route = ToExperts(copies, Way(sent, received, self._tokens), self._there)
         flight, connection = depart(route, self.lanes, *tensors)
         return Shipped((connection,), (flight, sum(choices), Home(copies, sizes[0])))
 

@@ -13,12 +13,11 @@ from model.recompute import list_repeated
 from model.sequence import WholeSequence
 from model.transformer import Transformer
 from parallel.config import OverlapConfig
-from parallel.exchange import ExpertExchange, Wires
+from parallel.exchange import ExpertExchange
 from parallel.loss import Part, VocabularyCrossEntropy
 from parallel.mesh import Axis, Mesh, Traffic
 from parallel.placement import Placement, Shard, cut, span
 from parallel.tensor import ShardedSequence, VocabularyLookup, choose_operation
-from parallel.wire import choose_wire
 
 
 def parallelize(
@@ -61,8 +60,7 @@ def _exchange_tokens(model: Transformer, mesh: Mesh, pieces: int) -> None:
     moe = model.config.moe
     for module in model.modules():
         if isinstance(module, Block) and module.exchange is not None:
-            wires = Wires(*map(choose_wire, module.experts.routed.wanted))
-            module.exchange = ExpertExchange(moe.experts, moe.pad, mesh, pieces, wires)
+            module.exchange = ExpertExchange(moe.experts, moe.pad, mesh, pieces, module.experts.routed.wanted)
 
 
 def _find(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:

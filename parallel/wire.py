@@ -16,6 +16,8 @@ from torch import Tensor
 from model.fp8 import Quantised, Scaling, dequantise
 from model.fp8_linear import quantise_once
 
+Wanted = tuple[Scaling | None, Scaling | None]  # see ``model.experts.Experts``
+
 
 class Wire(Protocol):
     """There and back."""

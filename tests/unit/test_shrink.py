@@ -13,7 +13,8 @@ from parallel.rules import check_tiles
 from parallel.topology import Topology
 from training.config import TILES, Precision
 from training.determinism import NUMERICS
-from training.proof.shrink import RANKS, list_lengths, lower, shrink, shrink_model
+from training.proof.lower import RANKS, list_lengths, lower
+from training.proof.shrink import shrink, shrink_model
 
 
 def test_keeps_what_layouts_can_get_wrong() -> None:

@@ -19,8 +19,7 @@ from model.fp8 import Recipe
 from model.transformer import Transformer
 from parallel.config import EngineName, OverlapConfig, ParallelConfig, PipelineConfig
 from parallel.mesh import Mesh
-from parallel.pipeline.plan import divide_model, schedule_of
-from parallel.pipeline.stages import Pipeline
+from parallel.pipeline.plan import Pipeline, divide_model, schedule_of
 from parallel.topology import Axis, Topology
 from training.config import OptimizerConfig
 from training.ramp import BatchSchedule, Level

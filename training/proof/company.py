@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.block import Block
 from model.exchange import LocalExchange, Shipped, lay_out
+from model.transformer import Transformer
 from parallel.placement import span
 from parallel.topology import Axis
 from training.proof.case import Case, place_sequences
@@ -23,7 +25,7 @@ class Companies(NamedTuple):
 
     order: Tensor  # [A] int64: company by company, in each rank by rank, the token's place in the batch
     numbers: Tensor  # [A] int64: its company
-    count: int  # G
+    total: int  # G
 
 
 def find_companies(case: Case) -> Companies:
@@ -43,6 +45,15 @@ def find_companies(case: Case) -> Companies:
     return Companies(torch.cat(together), numbers, len(together))
 
 
+def join_companies(case: Case, model: Transformer) -> None:
+    """Has tokens of the plain ``model`` go through experts in the companies that they have in the case's layout."""
+    assert case.recipe is not None
+    companies = find_companies(case)
+    for block in model.modules():
+        if isinstance(block, Block) and block.exchange is not None:
+            block.exchange = Together(case.model.moe.experts, case.recipe.activations.tile[1], companies)
+
+
 class Together(LocalExchange):
     """``LocalExchange`` of global batches, each company's rows of an expert in tiles of ``tile`` of their own."""
 
@@ -51,12 +62,12 @@ class Together(LocalExchange):
         self._companies = companies
 
     def dispatch(self, tokens: Tensor, gates: Tensor, announced: Tensor) -> tuple[Shipped, ...]:
-        order, numbers, count = self._companies
+        order, numbers, total = self._companies
         tokens, gates, experts = (each.index_select(0, order) for each in (tokens, gates, announced))
-        runs = experts * count + numbers[:, None]
+        runs = experts * total + numbers[:, None]
         owners = torch.arange(len(order)).repeat_interleave(experts.shape[1])
-        layout = lay_out(runs.flatten(), owners, len(order), self.experts * count, self.pad)
-        return (Shipped((tokens, gates.flatten()), layout._replace(ends=layout.ends[count - 1 :: count])),)
+        layout = lay_out(runs.flatten(), owners, len(order), self.experts * total, self.pad)
+        return (Shipped((tokens, gates.flatten()), layout._replace(ends=layout.ends[total - 1 :: total])),)
 
     def collect(self, shipped: Shipped) -> Tensor:
         return super().collect(shipped).index_select(0, self._companies.order.argsort())

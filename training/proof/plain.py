@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch, Denominators, count_labels
-from model.block import Block
 from model.build import build
-from model.transformer import Transformer
 from training.config import OptimizerConfig
 from training.engine import Update
 from training.optimizer import match
 from training.proof.case import Case, disturb, draw_batch
-from training.proof.company import Together, find_companies
+from training.proof.company import join_companies
 from training.proof.trace import Step, Trace, copy_tensors, name_choices, take_gradient, vary_rate, watch_routers
 
 
@@ -60,15 +58,6 @@ def trace_plain(case: Case) -> Reference:
             first = Trace(initial, once, choices, losses.total.detach(), taken, [], steps, {})
     assert first is not None
     return Reference(first._replace(final=copy_tensors([model])), start)
-
-
-def join_companies(case: Case, model: Transformer) -> None:
-    """Has tokens go through experts with those that they meet in the case's layout."""
-    companies, moe = find_companies(case), case.model.moe
-    for block in model.modules():
-        if isinstance(block, Block) and block.exchange is not None:
-            assert case.recipe is not None
-            block.exchange = Together(moe.experts, case.recipe.activations.tile[1], companies)
 
 
 def group_parameters(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from model.batch import Batch, Losses
 from parallel.build import Shards, Stages
-from parallel.mesh import Mesh
-from parallel.topology import Axis
+from parallel.mesh import Axis, Mesh
 from training import microbatches
 from training.agree import sum_over
 from training.engine import Hidden, Unrolling, differentiate, unroll_stage

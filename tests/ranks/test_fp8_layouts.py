@@ -11,16 +11,15 @@ from spawn import run_ranks
 
 import parallel.collectives
 import parallel.exchange
-import parallel.parallelize
-import training.proof.plain
+import training.proof.company
 from model.config import ModelConfig
 from model.exchange import LocalExchange
 from model.fp8 import DEEPSEEK_V3, MXFP8, Recipe, Scaling
 from parallel.config import EngineName, OverlapConfig, PipelineConfig, ScheduleName
-from parallel.exchange import PLAIN, ExpertExchange, Wires
+from parallel.exchange import ExpertExchange
 from parallel.mesh import Mesh
 from parallel.topology import Topology
-from parallel.wire import Rounded, choose_wire
+from parallel.wire import Rounded
 from training.config import OptimizerConfig
 from training.proof.case import Case
 from training.proof.prove import prove
@@ -105,10 +104,10 @@ class Alone:
 def prove_broken(rank: int, world: int, fault: str) -> list[str]:
     case = make_case(SPREAD, accumulation=1)
     if fault == "scales lose digits on the wire":
-        parallel.parallelize.choose_wire = lambda _: Rounded(DEEPSEEK_V3.activations)  # type: ignore[assignment]
+        parallel.exchange.choose_wire = lambda _: Rounded(DEEPSEEK_V3.activations)  # type: ignore[assignment]
     elif fault == "tokens of other companies share scales":
         case = make_case({"dp": 2}, accumulation=1)
-        training.proof.plain.Together = Alone  # type: ignore[assignment,misc]
+        training.proof.company.Together = Alone  # type: ignore[assignment,misc]
     elif fault == "a tile on two ranks":
         # Every width is cut inside a tile; the rule that refuses it is the configuration's.
         narrow = make_model(attention={"heads": 2, "nope_dim": 64, "rope_dim": 32, "v_dim": 32})
@@ -143,8 +142,7 @@ def count_bytes(rank: int, world: int, width: int, choices: int, wired: bool) ->
 
     mesh = Mesh(Topology(dp=world, ep=world), torch.device("cpu"))
     wanted = DEEPSEEK_V3.activations.rounded(), DEEPSEEK_V3.gradients.rounded()
-    wires = Wires(*map(choose_wire, wanted)) if wired else PLAIN
-    exchange = ExpertExchange(16, 32, mesh, wires=wires)
+    exchange = ExpertExchange(16, 32, mesh, wanted=wanted if wired else (None, None))
     tokens = torch.randn(64, width).bfloat16().requires_grad_()
     experts = torch.stack([torch.randperm(16)[:choices] for _ in range(64)])
     gates = torch.rand(64, choices).requires_grad_()
