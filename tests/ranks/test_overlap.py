@@ -7,6 +7,7 @@ from small_models import make_batch, make_config, make_denominators
 from spawn import run_ranks
 
 from model.config import ModelConfig, Recompute
+from model.fp8 import DEEPSEEK_V3
 from model.precision import Numerics
 from parallel.build import build_stages
 from parallel.config import OverlapConfig, PipelineConfig, ScheduleName
@@ -22,6 +23,7 @@ from training.proof.case import Case
 from training.proof.prove import prove
 
 BATCHES = 4
+WIDE, EIGHT = Numerics(torch.float32), Numerics(torch.bfloat16, DEEPSEEK_V3)
 SPOILT = {
     "the processor does not wait for what has come": (COMPUTE, COMM),
     "sending does not wait for what is computed": (COMM, COMPUTE),
@@ -44,11 +46,11 @@ class Spoilt(Recorder):
 class Layout:
     """An expert-parallel model of one or two stages on this rank."""
 
-    def __init__(self, world: int, config: ModelConfig, stages: int, dtype: torch.dtype) -> None:
+    def __init__(self, world: int, config: ModelConfig, stages: int, numerics: Numerics) -> None:
         mesh = Mesh(Topology(dp=world, ep=world), torch.device("cpu"))
         self.config, self.lanes = config, mesh.lanes
         pipeline = Pipeline(divide(config, stages), StageMap(((0,),) * stages))
-        self.stages, _ = build_stages(config, Numerics(dtype), 0, mesh, pipeline, OverlapConfig())
+        self.stages, _ = build_stages(config, numerics, 0, mesh, pipeline, OverlapConfig())
         self.batches = [make_batch(config, documents=True, seed=10 * mesh.rank + k) for k in range(BATCHES)]
 
     def cut(self, pieces: int) -> None:
@@ -71,9 +73,9 @@ class Layout:
         return taken
 
 
-def compare(rank: int, world: int, config: ModelConfig, stages: int) -> list[tuple[str, list[str]]]:
+def compare(rank: int, world: int, config: ModelConfig, stages: int, numerics: Numerics) -> list[tuple[str, list[str]]]:
     """Every way against plain autograd."""
-    layout = Layout(world, config, stages, torch.float32)
+    layout = Layout(world, config, stages, numerics)
     ways = ONE if stages == 1 else TWO
     expected = layout.step(ways["autograd"])
     return [(name, find_differences(expected, layout.step(way))) for name, way in ways.items()]
@@ -84,13 +86,21 @@ def compare(rank: int, world: int, config: ModelConfig, stages: int) -> list[tup
 @pytest.mark.parametrize("recompute", [Recompute.none, Recompute.selective])
 def test_all_ways_give_the_same_bits(world: int, stages: int, recompute: Recompute) -> None:
     config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
-    for differences in run_ranks(compare, world, config, stages):
+    for differences in run_ranks(compare, world, config, stages, WIDE):
+        assert not [way for way, wrong in differences if wrong]
+
+
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("recompute", [Recompute.none, pytest.param(Recompute.selective, marks=pytest.mark.full)])
+def test_all_ways_give_the_same_bits_in_fp8(stages: int, recompute: Recompute) -> None:
+    config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
+    for differences in run_ranks(compare, 2, config, stages, EIGHT):
         assert not [way for way, wrong in differences if wrong]
 
 
 def in_pieces(rank: int, world: int, config: ModelConfig, pieces: int) -> tuple[list[bool], list[float]]:
     """Whether a step in pieces repeats itself to the bit, in every way, and how far it is from one that is whole."""
-    layout = Layout(world, config, 1, torch.float64)
+    layout = Layout(world, config, 1, Numerics(torch.float64))
     whole = layout.step(ONE["autograd"])
     layout.cut(pieces)
     repeats, distances = [], []
@@ -111,11 +121,13 @@ def test_pieces_change_nothing_but_the_order_of_sums(pieces: int) -> None:
         assert all(repeats) and max(distances) < 1e-12
 
 
-def record(rank: int, world: int, config: ModelConfig, pieces: int) -> list[tuple[str, int, list[str], list[str]]]:
+def record(
+    rank: int, world: int, config: ModelConfig, pieces: int, numerics: Numerics
+) -> list[tuple[str, int, list[str], list[str]]]:
     """Every way under the recorder."""
     found = []
     for stages, ways in ((1, ONE), (2, TWO)):
-        layout = Layout(world, config, stages, torch.float32)
+        layout = Layout(world, config, stages, numerics)
         layout.cut(pieces)
         for name, way in ways.items():
             recorder = Recorder()
@@ -125,15 +137,19 @@ def record(rank: int, world: int, config: ModelConfig, pieces: int) -> list[tupl
 
 
 @pytest.mark.parametrize(
-    ("recompute", "pieces"),
+    ("recompute", "pieces", "numerics"),
     [
-        (Recompute.none, 1),
-        *(pytest.param(*wide, marks=pytest.mark.full) for wide in ((Recompute.selective, 1), (Recompute.none, 2))),
+        (Recompute.none, 1, WIDE),
+        pytest.param(Recompute.selective, 1, WIDE, marks=pytest.mark.full),
+        pytest.param(Recompute.none, 2, WIDE, marks=pytest.mark.full),
+        pytest.param(Recompute.none, 1, EIGHT, marks=pytest.mark.full),
     ],
 )
-def test_whatever_one_lane_reads_of_the_other_was_waited_for(recompute: Recompute, pieces: int) -> None:
+def test_whatever_one_lane_reads_of_the_other_was_waited_for(
+    recompute: Recompute, pieces: int, numerics: Numerics
+) -> None:
     config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
-    for ways in run_ranks(record, 2, config, pieces):
+    for ways in run_ranks(record, 2, config, pieces, numerics):
         for name, crossings, hazards, differences in ways:
             # Two routed layers: each sends twice and has sent back twice, every micro-batch, and reads what came.
             assert crossings >= 2 * 4 * BATCHES, name
@@ -182,7 +198,7 @@ def test_weight_gradients_are_computed_at_waits(schedule: str) -> None:
 
 
 def spoil(rank: int, world: int, forgets: tuple[str, str]) -> list[str]:
-    layout = Layout(world, make_config(moe={"experts": 8, "groups": 4}), 1, torch.float32)
+    layout = Layout(world, make_config(moe={"experts": 8, "groups": 4}), 1, WIDE)
     recorder = Spoilt(*forgets)
     layout.step(ONE["overlapped and filled"], recorder)
     return recorder.hazards

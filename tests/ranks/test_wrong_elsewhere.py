@@ -15,7 +15,7 @@ from small_models import make_config
 from spawn import run_ranks
 from torch import Tensor
 
-from model import block, router
+from model import experts, router
 from model.batch import Batch, Denominators, Losses
 from model.config import MoEConfig, Recompute
 from model.transformer import Transformer
@@ -90,8 +90,8 @@ def scale_expert_gradients(patch: Patch, factor: float) -> None:
 
 def cut_gates_off(patch: Patch, mesh: Mesh) -> None:
     """The exchange hands gates on without their gradient."""
-    unpermute = block.unpermute
-    patch.setattr(block, "unpermute", lambda rows, gates, copies: unpermute(rows, gates.detach(), copies))
+    unpermute = experts.unpermute
+    patch.setattr(experts, "unpermute", lambda rows, gates, copies: unpermute(rows, gates.detach(), copies))
 
 
 def test_router_gradient_under_expert_parallelism() -> None:

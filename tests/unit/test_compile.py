@@ -8,7 +8,9 @@ import torch
 from small_models import make_batch, make_config, make_denominators, make_model
 
 from model.attention import Cache
+from model.build import build
 from model.compile import compile_segments
+from model.fp8 import DEEPSEEK_V3
 from model.linear import WeightGradient
 from model.transformer import Transformer
 
@@ -50,6 +52,21 @@ def test_layers_of_a_kind_share_a_graph_and_change_no_bit(compiled: tuple[Transf
         assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
     # attention without and with a router, the dense feed-forward part, experts, shared and routed, merge
     assert len(graphs) == 6
+
+
+@pytest.mark.full
+def test_products_in_fp8_are_compiled_around() -> None:
+    """They are operators to the compiler: the same bits, in as many graphs."""
+    losses = []
+    for backend in (None, "aot_eager"):
+        model = build(CONFIG, torch.bfloat16, "cpu", 0, DEEPSEEK_V3)
+        if backend is not None:
+            compile_segments(model, backend=backend)
+        made = model(BATCH, make_denominators(CONFIG))
+        made.total.backward()
+        losses.append([made.total.detach(), *(parameter.grad for parameter in model.parameters())])
+    torch._dynamo.reset()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*losses, strict=True))
 
 
 def test_deferred_gradients_and_generation_stay_eager(compiled: tuple[Transformer, list[Any]]) -> None:
