@@ -1,5 +1,7 @@
 """Exchanges under computation: the same bits as without, and no lane ever reads what it has not waited for."""
 
+import itertools
+
 import pytest
 import torch
 from overlap_modes import ONE, TWO, Taken, Way, find_differences, take_step
@@ -81,9 +83,21 @@ def compare(rank: int, world: int, config: ModelConfig, stages: int, numerics: N
     return [(name, find_differences(expected, layout.step(way))) for name, way in ways.items()]
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
-@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.selective])
+@pytest.mark.parametrize(
+    ("world", "stages", "recompute"),
+    [
+        (2, 1, Recompute.selective),
+        (2, 2, Recompute.none),
+        *(
+            pytest.param(world, stages, recompute, marks=pytest.mark.full)
+            for world, stages, recompute in [
+                (2, 1, Recompute.none),
+                (2, 2, Recompute.selective),
+                *itertools.product((4,), (1, 2), (Recompute.none, Recompute.selective)),
+            ]
+        ),
+    ],
+)
 def test_all_ways_give_the_same_bits(world: int, stages: int, recompute: Recompute) -> None:
     config = make_config(recompute=recompute, moe={"experts": 8, "groups": 4})
     for differences in run_ranks(compare, world, config, stages, WIDE):
@@ -114,7 +128,7 @@ def in_pieces(rank: int, world: int, config: ModelConfig, pieces: int) -> tuple[
     return repeats, distances
 
 
-@pytest.mark.parametrize("pieces", [2, 3])
+@pytest.mark.parametrize("pieces", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_pieces_change_nothing_but_the_order_of_sums(pieces: int) -> None:
     config = make_config(moe={"experts": 8, "groups": 4})
     for repeats, distances in run_ranks(in_pieces, 2, config, pieces):

@@ -87,7 +87,7 @@ def train_rank(rank: int, world: int, topology: Topology, config: TrainConfig, f
         (Topology(dp=2, tp=2, ep=2), 2, "1f1b"),
         (Topology(pp=2, dp=2, ep=2), 1, "1f1b"),
         (Topology(pp=2), 1, "zb_v"),
-        (Topology(pp=2, tp=2), 1, "dualpipev"),
+        pytest.param(Topology(pp=2, tp=2), 1, "dualpipev", marks=pytest.mark.full),
         (Topology(pp=2), 1, "dualpipe"),
     ],
     ids=str,

@@ -219,7 +219,7 @@ def test_ctrl_c_saves_what_the_ranks_have(folder: Path) -> None:
     assert (run / "weights" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGKILL])
 def test_ranks_end_with_the_process_that_started_them(folder: Path, number: signal.Signals) -> None:
     with running(folder, f"run.id={number.name}") as (process, _):
         process.send_signal(number)

@@ -96,7 +96,7 @@ THREE = [
     ("layouts", "engines"),
     [
         pytest.param([FOLDED], DEEPSPEED[:2], marks=pytest.mark.full),
-        ([PIPED], DEEPSPEED[:2]),
+        pytest.param([PIPED], DEEPSPEED[:2], marks=pytest.mark.full),
         ([BESIDE], DEEPSPEED[2:]),
         pytest.param(THREE, DEEPSPEED[2:], marks=pytest.mark.full),
     ],
