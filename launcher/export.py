@@ -18,6 +18,7 @@ class Config:
     to: str  # a folder that does not exist yet, or is empty
     folder: str = "runs"  # where runs are looked for by their id
     shard_gigabytes: float = 5.0  # bytes of tensors in a file
+    fp8: bool = False  # projections in 8 bits with scales, as DeepSeek-V3 was published
 
     def __post_init__(self) -> None:
         if self.shard_gigabytes <= 0:
@@ -34,7 +35,8 @@ def run(config: Config, invocation: Invocation) -> int:
     from training.save import open_saved
 
     eos = load_tokenizer(trained.data.tokenizer, trained.data.eos).eos
-    export(open_saved(found.weights), trained.model, Path(config.to), int(config.shard_gigabytes * 1e9), eos)
+    shard = int(config.shard_gigabytes * 1e9)
+    export(open_saved(found.weights), trained.model, Path(config.to), shard, eos, config.fp8)
     print(f"{found.path} is in {config.to}")
     return 0
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from model.build import allocate
 from model.config import ModelConfig
-from model.huggingface_config import FILE, compare, describe
+from model.huggingface_config import FILE, QUANTISED, compare, describe
+from model.huggingface_fp8 import QuantisedShards, quantise_pending
 from model.huggingface_names import Order, Piece, cut, is_v2, repeat
 from model.shards import SHARD, Index, Pending, Shards, open_shards, write_shards
 from model.transformer import Transformer
@@ -60,7 +61,7 @@ def load(model: Transformer, folder: Path) -> None:
     anything is changed, where the configuration differs or a tensor is missing, left over, of another shape or cannot
     be read."""
     published = compare(model.config, folder)
-    source, into = open_shards(folder), Resident(model)
+    source, into = open_shards(folder, QuantisedShards), Resident(model)
     pieces = cut(model.config, into.shapes(), published.interleaved)
     _check_pieces(source, pieces, into.shapes(), folder)
     _check_rest(source, pieces, model.config, published.config.mtp.depth)
@@ -71,16 +72,25 @@ def load(model: Transformer, folder: Path) -> None:
             router.bias.zero_()
 
 
-def export(source: Source, config: ModelConfig, folder: Path, shard: int = SHARD, eos: int | None = None) -> None:
+def export(
+    source: Source,
+    config: ModelConfig,
+    folder: Path,
+    shard: int = SHARD,
+    eos: int | None = None,
+    fp8: bool = False,
+) -> None:
     """Writes the model ``config`` with the tensors of ``source`` to ``folder``, in files of ``shard`` bytes.
 
     Dtypes are kept: in a BF16 model the routers stay float32. ``eos``: the token that ends a text, for whoever
-    generates. Raises ValueError where ``folder`` is not empty, the layout has no place for a choice of ``config``, or
-    ``source`` does not fit it."""
+    generates. With ``fp8`` projections are written in 8 bits: model/huggingface_fp8.py. Raises ValueError where
+    ``folder`` is not empty, the layout has no place for a choice of ``config``, or ``source`` does not fit it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"to={folder} must be a folder that does not exist yet, or is empty")
     values = describe(config, str(source.dtype("embedding.weight")).removeprefix("torch."), eos)
     tensors = publish(source, config)
+    if fp8:
+        values, tensors = values | {"quantization_config": QUANTISED}, quantise_pending(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(values, indent=2) + "\n")
     write_shards(folder, tensors, shard)

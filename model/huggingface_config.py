@@ -63,6 +63,8 @@ YARN = (
     Field("rope.mscale", "mscale", float, 1.0, compared=False),
     Field("rope.mscale_all_dim", "mscale_all_dim", float, 0.0, compared=False),
 )
+# Weights in 8 bits by blocks, as DeepSeek-V3's; V3.1's scales are powers of two, and say so.
+QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 # Keys whose other values change the numbers in ways that the model here does not know.
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -70,7 +72,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
     "moe_layer_freq": (1,),
-    "quantization_config": (None,),
+    "quantization_config": (None, QUANTISED, QUANTISED | {"scale_fmt": "ue8m0"}),
 }
 
 

@@ -26,7 +26,7 @@ SINGLE = "model.safetensors"  # what a small model's only file is called, withou
 SHARD = 5 * 10**9  # bytes a file
 PART = 2**25  # bytes of a tensor that is read from end to end and not kept
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}  # what is written
 
 Index = tuple[int | slice, ...]  # what stands between the brackets of tensor[...]
 
@@ -67,9 +67,7 @@ class Shards:
 
     def read(self, name: str, index: Index = ()) -> Tensor:
         """``name[index]``, and nothing else is read."""
-        with safe_open(self.entries[name].file, framework="pt") as file:
-            tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
-        return tensor
+        return read_file(self.entries[name].file, name, index)
 
     def parts(self, name: str) -> Iterator[Index]:
         """Indices that cut a tensor into runs of rows of about ``PART`` bytes."""
@@ -85,13 +83,20 @@ class Shards:
         return digest.hexdigest()
 
 
-def open_shards(folder: Path) -> Shards:
+def read_file(path: Path, name: str, index: Index = ()) -> Tensor:
+    """``name[index]`` of a file."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+    return tensor
+
+
+def open_shards(folder: Path, kind: type[Shards] = Shards) -> Shards:
     """The tensors of ``folder``, which has an index or is a single file's. ValueError naming what is wrong."""
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
             raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}")
-        return Shards(dict.fromkeys(_list(folder / SINGLE), folder / SINGLE))
+        return kind(dict.fromkeys(_list(folder / SINGLE), folder / SINGLE))
     try:
         names: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         # A file outside the folder is not ours to read.
@@ -100,7 +105,7 @@ def open_shards(folder: Path) -> Shards:
         raise ValueError(f"{index} is not an index of safetensors files: {error}") from error
     if strays:
         raise ValueError(f"{index}: {strays[0]} is not the name of a file beside it")
-    return Shards({name: folder / file for name, file in names.items()})
+    return kind({name: folder / file for name, file in names.items()})
 
 
 class Pending(NamedTuple):

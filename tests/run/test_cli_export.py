@@ -40,6 +40,16 @@ def test_export_loads_to_the_bit(
         assert torch.equal(left, right), name
 
 
+def test_export_in_eight_bits(saved: tuple[Path, Transformer], tmp_path: Path) -> None:
+    sizes = []
+    for words in ((), ("fp8=true",)):
+        folder = tmp_path / f"out{len(sizes)}"
+        assert cli.main(["export", str(saved[0]), f"to={folder}", *words]) == 0
+        sizes.append(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+        load(allocate(saved[1].config, torch.bfloat16, "cpu"), folder)
+    assert sizes[1] < 0.7 * sizes[0]
+
+
 def test_mistakes(saved: tuple[Path, Transformer], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, full = str(saved[0]), str(tmp_path)
     wrong = {

@@ -133,7 +133,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported, only 0.0"),
     "activation": ({"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported, only "silu"'),
     "frequency": ({"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),
-    "FP8": ({"quantization_config": {"fmt": "e4m3"}}, 'quantization_config={"fmt": "e4m3"} is not supported'),
+    "FP8": (
+        {"quantization_config": {"fmt": "e4m3"}},
+        'quantization_config={"fmt": "e4m3"} is not supported, only {"activation_scheme": "dynamic", ',
+    ),
     "score": ({"scoring_func": "softmax"}, 'scoring_func="softmax" is not supported, only "sigmoid"'),
     "method": ({"topk_method": "greedy"}, 'topk_method="greedy" is not supported, only "noaux_tc"'),
     "heads": ({"num_key_value_heads": 8}, "num_key_value_heads=8 is not supported, only 128"),

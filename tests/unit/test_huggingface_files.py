@@ -199,7 +199,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "dtype": (
         lambda f: save_one(f, len),
-        f"model.safetensors: {GATE} is F8_E4M3; only F64, F32, F16, BF16 can be read",
+        f"model.safetensors: {GATE} is F8_E4M3, and its scales {GATE}_scale_inv are missing",
     ),
     "no index": (lambda f: (f / INDEX).unlink(), f"folder has neither {INDEX} nor model.safetensors"),
     "broken index": (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is not an index"),
