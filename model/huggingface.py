@@ -16,13 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from model.build import allocate
+from model.build import Transformer, allocate
 from model.config import ModelConfig
 from model.huggingface_config import FILE, QUANTISED, compare, describe
 from model.huggingface_fp8 import QuantisedShards, quantise_pending
 from model.huggingface_names import Order, Piece, cut, is_v2, repeat
 from model.shards import SHARD, Index, Pending, Shards, open_shards, write_shards
-from model.transformer import Transformer
 
 LEFTOVERS = ("rotary_emb.inv_freq",)  # endings of names that older files have and that a model computes itself
 
