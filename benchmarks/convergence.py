@@ -6,12 +6,11 @@
 Each run is a real ``shoestring train`` on the default corpus. Its figure is the held-out loss on ``TOKENS`` tokens,
 averaged over the evaluations of its last fifth; its gap is that to BF16 of the same seed. Two layouts in BF16 show what
 a gap means that comes from rounding alone. Runs that were published as failures are among them: 128 x 128 blocks for
-gradients of activations (DeepSeek-V3, appendix B.2), and a single scale for each tensor. A run takes 10 to 40 minutes
-on two cores; interrupted, the same command goes on with the next.
+gradients of activations (DeepSeek-V3, appendix B.2), and a single scale for each tensor. Interrupted, the same command
+begins the run again that was under way, and no other.
 """
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 TOKENS, EVERY = 131072, 50
 
 
@@ -63,37 +63,37 @@ def list_runs() -> list[tuple[str, int]]:
 
 def locate(folder: Path, name: str, seed: int) -> Path:
     """Where a run's record lies once it is over."""
-    return folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}.jsonl"
+    return folder / f"{name.replace(',', '').replace(' ', '-')}-{seed}.jsonl"
 
 
 def train(folder: Path, name: str, seed: int, steps: int) -> None:
     """One run, to its end."""
     kind = KINDS[name]
-    run = folder / "runs" / f"{os.getpid()}-{name.replace(' ', '-').replace(',', '')}-{seed}"
+    record = locate(folder, name, seed)
+    run = folder / "runs" / f"{os.getpid()}-{record.stem}"
     words = ["run=small", f"run.steps={steps}", f"run.seed={seed}", *kind.words.split(), f"run.eval_every={EVERY}"]
     words += [f"run.eval_tokens={TOKENS}", "run.compile=off", "run.sample.tokens=0", "checkpoint.save=false"]
     words += [f"run.folder={run.parent}", f"run.id={run.name}", f"data.folder={folder / 'data'}"]
     start = [sys.executable, __file__, str(folder), "--recipe", kind.recipe] if kind.recipe else []
     command = [*start, "--train"] if start else [sys.executable, "-m", "launcher.train"]
     subprocess.run([*command, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    (run / "metrics.jsonl").replace(locate(folder, name, seed))
+    (run / "metrics.jsonl").replace(record)
 
 
 class Outcome(NamedTuple):
     """What a run came to."""
 
     held_out: float  # nats a token, mean over the evaluations of the last fifth
-    losses: list[float]
-    evaluations: int
+    steps: int
 
 
 def read(path: Path) -> Outcome:
     """Of a record."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["kind"] == "step"]
-    found = {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
-    last = [value for step, value in found.items() if step > len(losses) * 4 // 5]
-    return Outcome(sum(last) / len(last) if last else math.nan, losses, len(last))
+    from training import metrics
+
+    steps = len(metrics.read(path, "step"))
+    last = [row["loss"] for row in metrics.read(path, "eval") if row["step"] > steps * 4 // 5]
+    return Outcome(sum(last) / len(last) if last else math.nan, steps)
 
 
 def show(folder: Path) -> None:
@@ -105,7 +105,7 @@ def show(folder: Path) -> None:
             continue
         outcome = read(path)
         gap = f"{100 * (outcome.held_out / read(base).held_out - 1):+.3f}%" if base.exists() and name != "bf16" else ""
-        print(f"{name:<28}{seed:>5}{len(outcome.losses):>7}{outcome.held_out:>10.4f}{gap:>13}")
+        print(f"{name:<28}{seed:>5}{outcome.steps:>7}{outcome.held_out:>10.4f}{gap:>13}")
 
 
 def main() -> None:
