@@ -15,6 +15,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "bf16": Kind("precision=bf16 run.threads=2", 2),
-    "fp8": Kind("precision=fp8 run.threads=2", 2),
+    "bf16": Kind("precision=bf16 run.threads=1", 2),
+    "fp8": Kind("precision=fp8 run.threads=1", 2),
     "bf16, dp 2": Kind("precision=bf16 run.threads=1 parallel.dp=2 run.micro_batch=4 verify=skip", 2),
-    "mxfp8": Kind("precision=mxfp8 run.threads=2", 1),
-    "fp8, gradients by blocks": Kind("precision=fp8 run.threads=2", 1, "blocks"),
-    "fp8, a scale a tensor": Kind("precision=fp8 run.threads=2", 1, "tensors"),
+    "mxfp8": Kind("precision=mxfp8 run.threads=1", 1),
+    "fp8, gradients by blocks": Kind("precision=fp8 run.threads=1", 1, "blocks"),
+    "fp8, a scale a tensor": Kind("precision=fp8 run.threads=1", 1, "tensors"),
 }
 
 
@@ -68,6 +69,7 @@ def locate(folder: Path, name: str, seed: int) -> Path:
 
 def train(folder: Path, name: str, seed: int, steps: int) -> None:
     """One run, to its end."""
+    print(f"{name}, seed {seed} ...", flush=True)
     kind = KINDS[name]
     record = locate(folder, name, seed)
     run = folder / "runs" / f"{os.getpid()}-{record.stem}"
@@ -113,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of a thread each (one has two ranks)")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -124,10 +127,9 @@ def main() -> None:
         sys.exit(cli.main(["train", *options.train]))
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, seed in [] if options.table else list_runs():
-        if not locate(folder, name, seed).exists():
-            print(f"{name}, seed {seed} ...", flush=True)
-            train(folder, name, seed, options.steps)
+    missing = [run for run in list_runs() if not locate(folder, *run).exists()]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda run: train(folder, *run, options.steps), [] if options.table else missing))
     show(folder)
 
 

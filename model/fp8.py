@@ -36,6 +36,15 @@ FORMATS = {
     "cuda": Format(torch.float8_e4m3fn, 448.0),
     "gfx942": Format(torch.float8_e4m3fnuz, 240.0),
 }
+
+
+def find_format(device: torch.device) -> Format:
+    """Of the chip that ``device`` is."""
+    if device.type == "cuda" and torch.version.hip and "gfx942" in torch.cuda.get_device_properties(device).gcnArchName:
+        return FORMATS["gfx942"]
+    return FORMATS[device.type]
+
+
 LEAST = 2.0**-126  # the least scale: a normal number of float32
 Tile = tuple[int, int]
 
@@ -75,7 +84,7 @@ class Quantised(NamedTuple):
 
 def quantise(x: Tensor, scaling: Scaling, form: Format | None = None) -> Quantised:
     """x [..., R, C], by tiles of its last two dims."""
-    form = form or FORMATS[x.device.type]
+    form = form or find_format(x.device)
     if x.stride(-1) != 1 and x.stride(-2) == 1:  # read as it lies in memory
         values, scales, _ = quantise(x.mT, Scaling(scaling.tile[::-1], scaling.powers), form)
         return Quantised(values.mT, scales.mT, scaling.tile)

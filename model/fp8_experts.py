@@ -13,14 +13,13 @@ Shapes as in model/exchange.py: R tokens, C choices, P rows, E experts.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from model.exchange import Layout, sum_copies
+from model.exchange import Copies, Layout, sum_copies
 from model.experts import Experts
-from model.fp8 import Quantised, Recipe, dequantise
+from model.fp8 import Quantised, Recipe, Scaling
 from model.fp8_linear import list_parts, quantise_once
-from model.fp8_ops import Operand, multiply_rows, multiply_weights, quantise
+from model.fp8_ops import Operand, activate, copy, differentiate, enter, multiply_rows, multiply_weights, quantise
 from model.linear import Deferred, WeightGradient
 
 
@@ -30,16 +29,14 @@ class ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recipe: Recipe, deferred: Deferred, *tensors: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         tokens, gates, gate_up, down, source, slots, starts, ends = tensors
-        kept = quantise_once(tokens, recipe.activations.rounded())
-        rows = copy(kept, source, slots)
+        copies = Copies(source, slots, starts)
+        kept, rows = bring(tokens, recipe.activations.rounded(), copies)
         made = [
             multiply_rows(rows, quantise(part, recipe.weights), ends, tokens.dtype) for part in split(gate_up, recipe)
         ]
-        both = (made[0] if len(made) == 1 else torch.cat(made, 1)).to(kept.scales.dtype)
-        inner = quantise(both, recipe.activations)
-        gate, up = both.chunk(2, dim=1)
-        hidden = F.silu(gate) * up * spread(gates, slots, gate)
-        out = multiply_rows(quantise(hidden, recipe.activations), quantise(down, recipe.weights), ends, tokens.dtype)
+        share = spread(gates, copies, kept.scales.dtype)
+        inner, hidden = activate(made[0] if len(made) == 1 else torch.cat(made, 1), share, recipe.activations)
+        out = multiply_rows(hidden, quantise(down, recipe.weights), ends, tokens.dtype)
         ctx.save_for_backward(*kept[:2], *inner[:2], *tensors[1:])
         ctx.recipe, ctx.deferred, ctx.dtype = recipe, deferred, tokens.dtype
         # The parameters themselves: see model/linear.py.
@@ -50,14 +47,12 @@ class ExpertsFunction(torch.autograd.Function):
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         recipe, tile = ctx.recipe, ctx.recipe.activations.tile
         tokens, scales, inner, inner_scales, gates, gate_up, down, source, slots, starts, ends = ctx.saved_tensors
-        rows = copy(quantise_once(g, recipe.gradients.rounded()), source, slots)
+        copies = Copies(source, slots, starts)
+        _, rows = bring(g, recipe.gradients.rounded(), copies)
         weighed = multiply_rows(rows, quantise(down.mT, recipe.weights), ends, scales.dtype)
-        gate, up = dequantise(Quantised(inner, inner_scales, tile)).chunk(2, dim=1)
-        share = spread(gates, slots, gate)
-        hidden = F.silu(gate) * up
-        g_gates = (weighed * hidden).sum(1, dtype=gates.dtype).index_select(0, slots)
-        g_hidden = weighed * share
-        g_both = torch.cat((torch.ops.aten.silu_backward(g_hidden * up, gate), g_hidden * F.silu(gate)), 1)
+        share = spread(gates, copies, scales.dtype)
+        g_both, hidden, g_share = differentiate(weighed, Quantised(inner, inner_scales, tile), share)
+        g_gates = g_share.index_select(0, slots).to(gates.dtype)
         parts = split(gate_up, recipe)
         g_parts = g_both.split([part.shape[1] for part in parts], dim=1)
         g_rows = [
@@ -67,11 +62,11 @@ class ExpertsFunction(torch.autograd.Function):
         g_tokens = sum_copies(sum(g_rows[1:], g_rows[0]).to(ctx.dtype), slots, starts)
 
         def compute_down() -> Tensor:
-            left = Operand(dequantise(rows), recipe.gradients.rounded())
-            return multiply_weights(left, Operand(hidden * share, recipe.activations), ends, down.dtype)
+            left = Operand(rows, recipe.gradients.rounded())
+            return multiply_weights(left, Operand(hidden, recipe.activations), ends, down.dtype)
 
         def compute_gate_up() -> Tensor:
-            read = dequantise(copy(Quantised(tokens, scales, tile), source, slots))
+            read = copy(Quantised(tokens, scales, tile), copies)
             right = Operand(read, recipe.activations.rounded())
             made = [multiply_weights(Operand(part, recipe.gradients), right, ends, gate_up.dtype) for part in g_parts]
             return torch.cat(made, 1).view(gate_up.shape)
@@ -99,17 +94,19 @@ class FP8Experts(Experts):
         return ExpertsFunction.apply(self.recipe, deferred, tokens, gates, *weights, *layout.copies, layout.ends)
 
 
-def copy(tokens: Quantised, source: Tensor, slots: Tensor) -> Quantised:
-    """tokens [R, H] -> rows [P, H]; those that are nobody's are zero."""
-    values, scales, tile = tokens
-    empty = torch.ones(len(source), 1, dtype=torch.bool, device=source.device).index_fill_(0, slots, False)
-    rows = values.view(torch.uint8).index_select(0, source).masked_fill_(empty, 0).view(values.dtype)
-    return Quantised(rows, scales.index_select(0, source // tile[0]), (1, tile[1]))
+def bring(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
+    """tokens [R, H] -> themselves, and their copies among the rows; quantised here unless that has been done."""
+    kept = quantise_once.find(tokens, scaling)
+    if kept is not None:
+        return kept, copy(kept, copies)
+    kept, rows = enter(tokens, scaling, copies)
+    quantise_once.keep(tokens, scaling, kept)
+    return kept, rows
 
 
-def spread(gates: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-    """gates [C] -> [P, 1], zero where a row is nobody's; as wide as ``rows``."""
-    return rows.new_zeros(len(rows)).index_copy_(0, slots, gates.to(rows.dtype)).unsqueeze(1)
+def spread(gates: Tensor, copies: Copies, dtype: torch.dtype) -> Tensor:
+    """gates [C] -> [P], zero where a row is nobody's."""
+    return gates.new_zeros(len(copies.source), dtype=dtype).index_copy_(0, copies.slots, gates.to(dtype))
 
 
 def split(gate_up: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:

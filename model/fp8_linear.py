@@ -23,17 +23,30 @@ class Once:
 
     def __call__(self, x: Tensor, scaling: Scaling) -> Quantised:
         """x [..., C] -> [T, C], quantised."""
+        found = self.find(x, scaling)
+        if found is None:
+            found = quantise(x.flatten(0, -2), scaling)
+            self.keep(x, scaling, found)
+        return found
+
+    def find(self, x: Tensor, scaling: Scaling) -> Quantised | None:
+        """What has been kept of x."""
         if torch.compiler.is_compiling():  # which finds by itself what is computed twice
-            return quantise(x.flatten(0, -2), scaling)
-        base = x._base
-        # Some other shape of the same tensor.
-        alias = base is not None and base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous()
-        owner = base if alias else x
-        key = (x._version, scaling, x.shape[-1])
-        found = self._kept.get(owner)
-        if found is None or found[0] != key:
-            found = self._kept[owner] = (key, quantise(x.flatten(0, -2), scaling))
-        return found[1]
+            return None
+        key, made = self._kept.get(_owner(x), (None, None))
+        return made if key == (x._version, scaling, x.shape[-1]) else None
+
+    def keep(self, x: Tensor, scaling: Scaling, made: Quantised) -> None:
+        """Until x is changed, quantised otherwise or gone."""
+        if not torch.compiler.is_compiling():
+            self._kept[_owner(x)] = ((x._version, scaling, x.shape[-1]), made)
+
+
+def _owner(x: Tensor) -> Tensor:
+    """x, or what x is another shape of."""
+    base = x._base
+    alias = base is not None and base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous()
+    return base if base is not None and alias else x
 
 
 quantise_once = Once()

@@ -1,9 +1,13 @@
 """What FP8 training computes, as operators: how each runs is one row per device type in ``OPERATORS``.
 
-    quantise           x [..., R, C]                   -> values and scales, by tiles
-    multiply           a [M, K], b [N, K]              -> a b^T [M, N]
-    multiply_rows      a [P, K], b [E, N, K], ends     -> y [P, N], each expert's run of rows by its own matrix
-    multiply_weights   g [P, O], x [P, I], ends        -> g^T x [E, O, I], a sum over each expert's run of rows
+    quantise         x [..., R, C]                        -> values and scales, by tiles
+    multiply         a [M, K], b [N, K]                   -> a b^T [M, N]
+    multiply_rows    a [P, K], b [E, N, K], ends          -> y [P, N], each expert's run of rows by its own matrix
+    multiply_weights g [P, O], x [P, I], ends             -> g^T x [E, O, I], a sum over each expert's run of rows
+    copy             tokens [R, H], copies                -> rows [P, H]; those that are nobody's are zero
+    enter            tokens [R, H], not yet quantised     -> tokens and rows, in FP8
+    activate         both [P, 2F], share [P]              -> both, and hidden = silu(gate) up share [P, F], in FP8
+    differentiate    g [P, F], both in FP8, share         -> g of both [P, 2F], hidden [P, F], g of share [P]
 
 Operands of products have their scales along K. Sums over rows have no such tiles yet: ``multiply_weights`` quantises
 its operands along rows itself, each run from its first row on. Runs end at ``ends`` [E] int32; rows past the last are
@@ -14,17 +18,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model import fp8
+from model.device import kernel
+from model.exchange import Copies
 from model.fp8 import Quantised, Scaling, dequantise
 from model.grouped import PRODUCTS as GROUPED
 
 
 class Operand(NamedTuple):
-    """Rows [P, C], and how to quantise their columns [C, P]."""
+    """Rows [P, C], and how to quantise their columns [C, P]; what is in FP8 already has tiles of ``scaling``."""
 
-    rows: Tensor
+    rows: Tensor | Quantised
     scaling: Scaling
 
 
@@ -35,6 +42,10 @@ class Operators(NamedTuple):
     multiply: Callable[[Quantised, Quantised, torch.dtype], Tensor]
     rows: Callable[[Quantised, Quantised, Tensor, torch.dtype], Tensor]
     weights: Callable[[Operand, Operand, Tensor, torch.dtype], Tensor]
+    copy: Callable[[Quantised, Copies], Quantised]
+    enter: Callable[[Tensor, Scaling, Copies], tuple[Quantised, Quantised]]
+    activate: Callable[[Tensor, Tensor, Scaling], tuple[Quantised, Quantised]]
+    differentiate: Callable[[Tensor, Quantised, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def _multiply(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
@@ -46,18 +57,53 @@ def _multiply_rows(a: Quantised, b: Quantised, ends: Tensor, dtype: torch.dtype)
 
 
 def _multiply_weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    out = g.rows.new_zeros(len(ends), g.rows.shape[1], x.rows.shape[1], dtype=dtype)
+    left, right = (each.rows if isinstance(each.rows, Tensor) else dequantise(each.rows) for each in (g, x))
+    out = torch.zeros(len(ends), left.shape[1], right.shape[1], dtype=dtype, device=ends.device)
     start = 0
     for gradient, end in zip(out, ends.tolist(), strict=True):
         if end > start:
-            left, right = (fp8.quantise(rows[start:end].t(), scaling) for rows, scaling in (g, x))
-            gradient.copy_(_multiply(left, right, dtype))
+            a, b = (
+                fp8.quantise(rows[start:end].t(), each.scaling) for rows, each in ((left, g), (right, x))
+            )
+            gradient.copy_(_multiply(a, b, dtype))
         start = end
     return out
 
 
-REFERENCE = Operators(fp8.quantise, _multiply, _multiply_rows, _multiply_weights)
-OPERATORS = {"cpu": REFERENCE, "cuda": REFERENCE}  # on a GPU the same numbers, until its kernels are there
+def _copy(tokens: Quantised, copies: Copies) -> Quantised:
+    values, scales, tile = tokens
+    source, slots, _ = copies
+    empty = torch.ones(len(source), 1, dtype=torch.bool, device=source.device).index_fill_(0, slots, False)
+    rows = values.view(torch.uint8).index_select(0, source).masked_fill_(empty, 0).view(values.dtype)
+    return Quantised(rows, scales.index_select(0, source // tile[0]), (1, tile[1]))
+
+
+def _enter(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
+    kept = fp8.quantise(tokens, scaling)
+    return kept, _copy(kept, copies)
+
+
+def _activate(both: Tensor, share: Tensor, scaling: Scaling) -> tuple[Quantised, Quantised]:
+    wide = both.to(share.dtype)
+    gate, up = wide.chunk(2, dim=1)
+    return fp8.quantise(wide, scaling), fp8.quantise(F.silu(gate) * up * share[:, None], scaling)
+
+
+def _differentiate(g: Tensor, inner: Quantised, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = dequantise(inner).chunk(2, dim=1)
+    opened = F.silu(gate)
+    hidden, weighed = opened * up, g * share[:, None]
+    g_both = torch.cat((torch.ops.aten.silu_backward(weighed * up, gate), weighed * opened), 1)
+    return g_both, hidden * share[:, None], (g * hidden).sum(1)
+
+
+REFERENCE = Operators(
+    fp8.quantise, _multiply, _multiply_rows, _multiply_weights, _copy, _enter, _activate, _differentiate
+)
+OPERATORS = {
+    "cpu": REFERENCE,
+    "cuda": Operators(*(kernel(f"operators:{name}") for name in Operators._fields)),
+}
 
 
 @torch.library.custom_op("shoestring::fp8_quantise", mutates_args=())
@@ -68,10 +114,15 @@ def _fp8_quantise(x: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Ten
 
 @_fp8_quantise.register_fake
 def _(x: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor]:
-    *others, rows, columns = x.shape
+    return _outline(x, x.shape, tile)
+
+
+def _outline(like: Tensor, shape: torch.Size | list[int], tile: list[int]) -> tuple[Tensor, Tensor]:
+    """What quantising a tensor of ``shape`` and of the dtype of ``like`` gives."""
+    *others, rows, columns = shape
     tiles = [-(-size // min(length, max(size, 1))) for size, length in zip((rows, columns), tile, strict=True)]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape, dtype=fp8.FORMATS[x.device.type].dtype), x.new_empty(*others, *tiles, dtype=wide)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return like.new_empty(shape, dtype=fp8.find_format(like.device).dtype), like.new_empty(*others, *tiles, dtype=wide)
 
 
 @torch.library.custom_op("shoestring::fp8_multiply", mutates_args=())
@@ -98,16 +149,79 @@ def _(operands: list[Tensor], tiles: list[int], ends: Tensor, dtype: torch.dtype
 
 @torch.library.custom_op("shoestring::fp8_weights", mutates_args=())
 def _fp8_weights(
-    g: Tensor, x: Tensor, tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype
+    g: list[Tensor], x: list[Tensor], tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    left = Operand(g, Scaling((tiles[0], tiles[1]), powers[0]))
-    right = Operand(x, Scaling((tiles[2], tiles[3]), powers[1]))
-    return OPERATORS[g.device.type].weights(left, right, ends, dtype)
+    scalings = Scaling((tiles[0], tiles[1]), powers[0]), Scaling((tiles[2], tiles[3]), powers[1])
+    operands = (
+        Operand(rows[0] if len(rows) == 1 else Quantised(rows[0], rows[1], scaling.tile), scaling)
+        for rows, scaling in zip((g, x), scalings, strict=True)
+    )
+    return OPERATORS[ends.device.type].weights(*operands, ends, dtype)
 
 
 @_fp8_weights.register_fake
-def _(g: Tensor, x: Tensor, tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype) -> Tensor:
-    return g.new_empty(len(ends), g.shape[1], x.shape[1], dtype=dtype)
+def _(
+    g: list[Tensor], x: list[Tensor], tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return g[0].new_empty(len(ends), g[0].shape[1], x[0].shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("shoestring::fp8_copy", mutates_args=())
+def _fp8_copy(
+    values: Tensor, scales: Tensor, tile: list[int], source: Tensor, slots: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    tokens = Quantised(values, scales, (tile[0], tile[1]))
+    return OPERATORS[values.device.type].copy(tokens, Copies(source, slots, starts))[:2]
+
+
+@_fp8_copy.register_fake
+def _(
+    values: Tensor, scales: Tensor, tile: list[int], source: Tensor, slots: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(len(source), values.shape[1]), scales.new_empty(len(source), scales.shape[1])
+
+
+@torch.library.custom_op("shoestring::fp8_enter", mutates_args=())
+def _fp8_enter(
+    tokens: Tensor, tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run, scaling = OPERATORS[tokens.device.type].enter, Scaling((tile[0], tile[1]), powers)
+    kept, rows = run(tokens, scaling, Copies(source, slots, starts))
+    return *kept[:2], *rows[:2]
+
+
+@_fp8_enter.register_fake
+def _(
+    tokens: Tensor, tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept = _outline(tokens, tokens.shape, tile)
+    return *kept, *(each.new_empty(len(source), each.shape[1]) for each in kept)
+
+
+@torch.library.custom_op("shoestring::fp8_activate", mutates_args=())
+def _fp8_activate(
+    both: Tensor, share: Tensor, tile: list[int], powers: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inner, hidden = OPERATORS[both.device.type].activate(both, share, Scaling((tile[0], tile[1]), powers))
+    return *inner[:2], *hidden[:2]
+
+
+@_fp8_activate.register_fake
+def _(both: Tensor, share: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = both.shape
+    return *_outline(both, both.shape, tile), *_outline(both, [rows, columns // 2], tile)
+
+
+@torch.library.custom_op("shoestring::fp8_differentiate", mutates_args=())
+def _fp8_differentiate(
+    g: Tensor, values: Tensor, scales: Tensor, share: Tensor, tile: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return OPERATORS[g.device.type].differentiate(g, Quantised(values, scales, (tile[0], tile[1])), share)
+
+
+@_fp8_differentiate.register_fake
+def _(g: Tensor, values: Tensor, scales: Tensor, share: Tensor, tile: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return scales.new_empty(values.shape), scales.new_empty(g.shape), scales.new_empty(len(g))
 
 
 def quantise(x: Tensor, scaling: Scaling) -> Quantised:
@@ -128,8 +242,31 @@ def multiply_rows(a: Quantised, b: Quantised, ends: Tensor, dtype: torch.dtype) 
 
 def multiply_weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:
     """g [P, O], x [P, I] -> [E, O, I], run by run."""
-    tiles = [*g.scaling.tile, *x.scaling.tile]
-    return _fp8_weights(g.rows, x.rows, tiles, [g.scaling.powers, x.scaling.powers], ends, dtype)
+    rows = ([each.rows] if isinstance(each.rows, Tensor) else list(each.rows[:2]) for each in (g, x))
+    return _fp8_weights(*rows, [*g.scaling.tile, *x.scaling.tile], [g.scaling.powers, x.scaling.powers], ends, dtype)
+
+
+def copy(tokens: Quantised, copies: Copies) -> Quantised:
+    """tokens [R, H] -> rows [P, H]."""
+    values, scales = _fp8_copy(*tokens[:2], list(tokens.tile), *copies)
+    return Quantised(values, scales, (1, tokens.tile[1]))
+
+
+def enter(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
+    """tokens [R, H] -> themselves and rows [P, H], quantised."""
+    values, scales, copied, copied_scales = _fp8_enter(tokens, list(scaling.tile), scaling.powers, *copies)
+    return Quantised(values, scales, scaling.tile), Quantised(copied, copied_scales, (1, scaling.tile[1]))
+
+
+def activate(both: Tensor, share: Tensor, scaling: Scaling) -> tuple[Quantised, Quantised]:
+    """both [P, 2F], share [P] -> both and hidden [P, F], quantised."""
+    values, scales, hidden, hidden_scales = _fp8_activate(both, share, list(scaling.tile), scaling.powers)
+    return Quantised(values, scales, scaling.tile), Quantised(hidden, hidden_scales, scaling.tile)
+
+
+def differentiate(g: Tensor, inner: Quantised, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """g [P, F], inner [P, 2F], share [P] -> g of both [P, 2F], hidden [P, F], g of share [P]."""
+    return _fp8_differentiate(g, *inner[:2], share, list(inner.tile))
 
 
 def _unpack(operands: list[Tensor], tiles: list[int]) -> tuple[Quantised, Quantised]:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import model.fp8_ops  # noqa: F401 (its operators)
+import model.fp8_ops
+import model.router  # noqa: F401 (their operators)
 from model.config import ModelConfig, Recompute
 
 COMMUNICATION = "shoestring_comm"  # ops of this namespace talk to other ranks
-DECISIONS = (torch.ops.aten.topk.default,)
+DECISIONS = (torch.ops.shoestring.choose.default,)
 # Products, and of a weight that may be computed again its size [inner, outer] by their arguments.
 PRODUCTS: dict[Any, Callable[..., tuple[int, int]] | None] = {
     torch.ops.aten.mm.default: lambda a, b: tuple(b.shape),

@@ -9,6 +9,7 @@ The bias enters the choice only. After every optimizer step it moves against the
 (auxiliary-loss-free balancing, arXiv 2408.15664). Shapes: T = B * S tokens, E experts, K chosen.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from model.config import ModelConfig, MoEConfig, ScoreFunction
+from model.device import kernel
 from model.sequence import Sequence, WholeSequence
 
 
@@ -31,16 +33,34 @@ class Routing(NamedTuple):
 SCORES = {ScoreFunction.sigmoid: torch.sigmoid, ScoreFunction.softmax: lambda logits: logits.softmax(dim=-1)}
 
 
-def choose(scores: Tensor, moe: MoEConfig) -> Tensor:
-    """Indices [T, K] of the best experts by biased scores [T, E], reaching into ``top_groups`` groups at most."""
-    if moe.groups > moe.top_groups:
-        grouped = scores.unflatten(-1, (moe.groups, -1))
-        # DeepSeek-V3 ranks a group by its two best biased scores, DeepSeek-V2 by its best score.
-        best = 2 if moe.score is ScoreFunction.sigmoid and grouped.shape[-1] > 1 else 1
-        chosen = grouped.topk(best, dim=-1).values.sum(-1).topk(moe.top_groups, dim=-1).indices
+def _choose(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int) -> Tensor:
+    if groups > top_groups:
+        grouped = scores.unflatten(-1, (groups, -1))
+        chosen = grouped.topk(best, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
         closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, chosen, False)
         scores = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
-    return scores.topk(moe.top_k, dim=-1).indices
+    return scores.topk(top_k, dim=-1).indices
+
+
+CHOICES: dict[str, Callable[[Tensor, int, int, int, int], Tensor]] = {"cpu": _choose, "cuda": kernel("router:choose")}
+
+
+@torch.library.custom_op("shoestring::choose", mutates_args=())
+def choose_experts(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int) -> Tensor:
+    """Scores [T, E] in equal groups, of which those ``top_groups`` are open whose ``best`` members sum highest."""
+    return CHOICES[scores.device.type](scores, groups, best, top_groups, top_k)
+
+
+@choose_experts.register_fake
+def _(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int) -> Tensor:
+    return scores.new_empty(len(scores), top_k, dtype=torch.int64)
+
+
+def choose(scores: Tensor, moe: MoEConfig) -> Tensor:
+    """Indices [T, K] of the best experts by biased scores [T, E], reaching into ``top_groups`` groups at most."""
+    # DeepSeek-V3 ranks a group by its two best biased scores, DeepSeek-V2 by its best score.
+    best = 2 if moe.score is ScoreFunction.sigmoid and moe.experts > moe.groups else 1
+    return choose_experts(scores, moe.groups, best, moe.top_groups, moe.top_k)
 
 
 class Router(nn.Module):

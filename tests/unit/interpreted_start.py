@@ -77,7 +77,7 @@ def prepare() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     torch.set_num_threads(1)  # which also makes forking safe
-    for name in ("create_dot", "create_atomic_poll", "cast_impl"):
+    for name in ("create_dot", "create_atomic_poll", "create_fp_to_fp", "cast_impl"):
         setattr(InterpreterBuilder, name, partialmethod(globals()[name], getattr(InterpreterBuilder, name)))
 
 
@@ -85,7 +85,7 @@ def create_dot(builder: Any, plain: Callable[..., Any], a: Any, b: Any, *rest: A
     """Triton 3.9's interpreter would multiply bfloat16 as the integers in which it keeps them."""
     import triton.language as tl
 
-    wide = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    wide = (x if x.dtype.scalar == tl.float32 else builder.cast_impl(x, tl.float32) for x in (a, b))
     return plain(builder, *wide, *rest)
 
 
@@ -96,16 +96,33 @@ def create_atomic_poll(builder: Any, plain: Callable[..., Any], flag: Any, value
     return plain(builder, flag, value, None, *rest)
 
 
+def create_fp_to_fp(builder: Any, plain: Callable[..., Any], x: Any, kind: Any, rounding: Any) -> Any:
+    """Its own way to 8 bits and back."""
+    import triton.language as tl
+
+    known = tl.float32 in (x.dtype.scalar, kind.scalar)
+    return builder.cast_impl(x, kind) if known else plain(builder, x, kind, rounding)
+
+
 def cast_impl(builder: Any, plain: Callable[..., Any], x: Any, kind: Any) -> Any:
-    """It would cut float32 to bfloat16, where a device rounds to the nearest."""
+    """It would cut float32 to bfloat16, and round to 8 bits away from the nearest. Both it keeps as integers."""
     import torch
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    if x.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
-        return plain(builder, x, kind)
-    bits = torch.tensor(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
-    return TensorHandle(bits, kind.scalar)
+    narrow = {
+        tl.bfloat16: (torch.bfloat16, torch.int16, "uint16"),
+        tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8, "uint8"),
+        tl.float8e4b8: (torch.float8_e4m3fnuz, torch.uint8, "uint8"),
+    }
+    if x.dtype.scalar == tl.float32 and kind.scalar in narrow:
+        dtype, bits, view = narrow[kind.scalar]
+        return TensorHandle(torch.tensor(x.data).to(dtype).view(bits).numpy().view(view), kind.scalar)
+    if x.dtype.scalar in narrow and kind.scalar == tl.float32:
+        dtype, bits, _ = narrow[x.dtype.scalar]
+        same = torch.tensor(x.data.view(str(bits).removeprefix("torch.")))
+        return TensorHandle(same.view(dtype).float().numpy(), tl.float32)
+    return plain(builder, x, kind)
 
 
 def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:

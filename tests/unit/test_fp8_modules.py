@@ -16,7 +16,17 @@ from model.experts import Experts
 from model.fp8 import DEEPSEEK_V3, MXFP8, Format, Quantised, Scaling, dequantise, quantise
 from model.fp8_experts import FP8Experts
 from model.fp8_linear import FP8Linear, Once
-from model.fp8_ops import OPERATORS, _fp8_multiply, _fp8_quantise, _fp8_rows, _fp8_weights
+from model.fp8_ops import (
+    OPERATORS,
+    _fp8_activate,
+    _fp8_copy,
+    _fp8_differentiate,
+    _fp8_enter,
+    _fp8_multiply,
+    _fp8_quantise,
+    _fp8_rows,
+    _fp8_weights,
+)
 from model.linear import Linear, WeightGradient
 from model.precision import swap
 
@@ -214,7 +224,8 @@ def test_readers_of_one_tensor_share_what_was_quantised() -> None:
 
 def test_a_block_quantises_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The input of q and kv_a, the kv latent, what attention gives, the tokens of shared and routed experts, what the
-    shared make of them, and in the routed what gate and up made and what goes on from there.
+    shared make of them; and in the routed, where ``activate`` does it, what gate and up made and what goes on from
+    there.
     """
     config = make_config(num_layers=1, dense_layers=0, attention={"q_rank": None})
     model = build(config, torch.bfloat16, "cpu", 0, DEEPSEEK_V3)
@@ -226,10 +237,13 @@ def test_a_block_quantises_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> 
             seen.append(x)
         return quantise(x, scaling)
 
-    monkeypatch.setitem(OPERATORS, "cpu", OPERATORS["cpu"]._replace(quantise=watch))
+    def refuse(*args: Any) -> None:
+        raise AssertionError("tokens that the shared experts have quantised")
+
+    monkeypatch.setitem(OPERATORS, "cpu", OPERATORS["cpu"]._replace(quantise=watch, enter=refuse))
     batch = make_batch(config)
     model(batch, make_denominators(config))
-    assert len(seen) == 7
+    assert len(seen) == 5
 
 
 def test_what_is_swapped_and_what_stays() -> None:
@@ -263,4 +277,12 @@ def test_operators_are_what_torch_thinks_they_are() -> None:
     tiles = [1, 128, 128, 128]
     check_fake(_fp8_multiply, ([*a[:2], b[0][0], b[1][0]], tiles, torch.bfloat16))
     check_fake(_fp8_rows, ([*a[:2], *b[:2]], tiles, ends, torch.float32))
-    check_fake(_fp8_weights, (x, x, [1, 128, 1, 128], [True, False], ends, torch.bfloat16))
+    check_fake(_fp8_weights, ([x], [x], [1, 128, 1, 128], [True, False], ends, torch.bfloat16))
+    check_fake(_fp8_weights, ([x], list(a[:2]), [1, 128, 1, 128], [True, False], ends, torch.bfloat16))
+    copies, share = route(20, 3).copies, random(40, dtype=torch.float32)
+    for scaling in (DEEPSEEK_V3.activations, MXFP8.activations):
+        tile = list(scaling.tile)
+        check_fake(_fp8_copy, (*quantise(x[:20], scaling)[:2], tile, *copies))
+        check_fake(_fp8_enter, (x[:20], tile, True, *copies))
+        check_fake(_fp8_activate, (x, share, tile, False))
+        check_fake(_fp8_differentiate, (x[:, : HIDDEN // 2].contiguous(), *quantise(x, scaling)[:2], share, tile))
