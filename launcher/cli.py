@@ -35,6 +35,7 @@ VERBS = {
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
     "export": "launcher.export",
+    "kernels": "launcher.kernels",
     "completion": "launcher.completion",
 }
 FLAGS = ("--multirun", "--cfg", "--config-dir", "--help")

@@ -222,9 +222,7 @@ def _weigh_back(
 
 
 @_weigh_back.register_fake
-def _(
-    g: Tensor, rows: Tensor, weights: Tensor, source: Tensor, slots: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(g: Tensor, rows: Tensor, weights: Tensor, source: Tensor, slots: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), torch.empty_like(weights)
 
 

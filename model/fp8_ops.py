@@ -62,9 +62,7 @@ def _multiply_weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) 
     start = 0
     for gradient, end in zip(out, ends.tolist(), strict=True):
         if end > start:
-            a, b = (
-                fp8.quantise(rows[start:end].t(), each.scaling) for rows, each in ((left, g), (right, x))
-            )
+            a, b = (fp8.quantise(rows[start:end].t(), each.scaling) for rows, each in ((left, g), (right, x)))
             gradient.copy_(_multiply(a, b, dtype))
         start = end
     return out
@@ -152,11 +150,11 @@ def _fp8_weights(
     g: list[Tensor], x: list[Tensor], tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
     scalings = Scaling((tiles[0], tiles[1]), powers[0]), Scaling((tiles[2], tiles[3]), powers[1])
-    operands = (
+    left, right = (
         Operand(rows[0] if len(rows) == 1 else Quantised(rows[0], rows[1], scaling.tile), scaling)
         for rows, scaling in zip((g, x), scalings, strict=True)
     )
-    return OPERATORS[ends.device.type].weights(*operands, ends, dtype)
+    return OPERATORS[ends.device.type].weights(left, right, ends, dtype)
 
 
 @_fp8_weights.register_fake
@@ -194,14 +192,13 @@ def _fp8_enter(
 def _(
     tokens: Tensor, tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = _outline(tokens, tokens.shape, tile)
-    return *kept, *(each.new_empty(len(source), each.shape[1]) for each in kept)
+    values, scales = _outline(tokens, tokens.shape, tile)
+    rows = len(source)
+    return values, scales, values.new_empty(rows, values.shape[1]), scales.new_empty(rows, scales.shape[1])
 
 
 @torch.library.custom_op("shoestring::fp8_activate", mutates_args=())
-def _fp8_activate(
-    both: Tensor, share: Tensor, tile: list[int], powers: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fp8_activate(both: Tensor, share: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inner, hidden = OPERATORS[both.device.type].activate(both, share, Scaling((tile[0], tile[1]), powers))
     return *inner[:2], *hidden[:2]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.exchange import Copies
 from model.fp8 import Format, Quantised, Scaling
-from model.kernels.tiles import Area
+from model.kernels.quantisation import Area
 from model.kernels.tile import Shared, divide, find_scales
 
 LINE = Area(1, 1024)
@@ -92,7 +92,9 @@ def _enter(memory, copies, width, area: tl.constexpr, shared: tl.constexpr):  # 
         if not tl.load(memory.filled + row):
             nothing = tl.zeros((area.columns,), dtype=tl.float32).to(memory.rows.dtype.element_ty)
             tl.store(memory.rows + row * width + columns, nothing, mask=inside)
-            tl.store(memory.rows_scales + row * tiles + places, tl.full((number,), 1.0, tl.float32), mask=places < tiles)
+            tl.store(
+                memory.rows_scales + row * tiles + places, tl.full((number,), 1.0, tl.float32), mask=places < tiles
+            )
 
 
 @triton.jit
@@ -129,9 +131,7 @@ def _weigh_back(memory, copies, width, area: tl.constexpr, wide: tl.constexpr): 
         tl.store(memory.g_weights + copy, tl.sum(total, 0).to(memory.g_weights.dtype.element_ty))
 
 
-def enter(
-    tokens: Tensor | Quantised, copies: Copies, how: tuple[Scaling, Format]
-) -> tuple[Quantised, Quantised]:
+def enter(tokens: Tensor | Quantised, copies: Copies, how: tuple[Scaling, Format]) -> tuple[Quantised, Quantised]:
     """tokens [R, H], by tiles of 1 x c, -> themselves and their copies among the rows [P, H]."""
     (scaling, form), (source, slots, starts) = how, copies
     given = tokens.values if isinstance(tokens, Quantised) else tokens

@@ -1,10 +1,10 @@
-"""Which kernel runs on which GPU: the rows "cuda" of the tables in model/fp8_ops.py, model/exchange.py, model/router.py.
+"""Which product runs on which GPU, and where kernels take over: the row "cuda" of the table in model/fp8_ops.py.
 
     NATIVE    (chip, tile of a, tile of b) -> torch's own product, where it has one, and why
     TILES     chip -> how ours are cut; the first that a product may take is what runs
 
-A chip is named as Triton names its targets: ``cuda:90`` is H100, ``cuda:100`` B200, ``hip:gfx942`` MI300X. What no kernel
-takes (tiles above 128, blocks of activations, float64) runs as on a CPU, in plain torch.
+A chip is named as Triton names its targets: ``cuda:90`` is H100, ``cuda:100`` B200, ``hip:gfx942`` MI300X. What no
+kernel takes (tiles above 128, blocks of activations, float64) runs as on a CPU, in plain torch.
 Never run on a GPU; docs/fp8.md says what was checked instead.
 """
 
@@ -17,11 +17,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
+from model import fp8
 from model.exchange import Copies
 from model.fp8 import Quantised, Scaling, find_format
+from model.fp8 import Tile as Share
 from model.fp8_ops import REFERENCE, Operand
 from model.kernels import copies as copies_
-from model.kernels import product, swiglu, tiles
+from model.kernels import product, quantisation, swiglu
 from model.kernels.tile import Tile
 
 LINE, BLOCK, MICRO = (1, 128), (128, 128), (1, 32)
@@ -145,8 +147,8 @@ def _multiplies(a: Quantised, b: Quantised) -> bool:
 
 def quantise(x: Tensor, scaling: Scaling) -> Quantised:
     """x [..., R, C], by tiles of its last two dims."""
-    run = tiles.quantise if takes(scaling, x) else REFERENCE.quantise
-    return run(x, scaling, find_format(x.device))
+    form = find_format(x.device)
+    return quantisation.quantise(x, scaling, form) if takes(scaling, x) else fp8.quantise(x, scaling, form)
 
 
 def multiply(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
@@ -173,8 +175,8 @@ def weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:
     share = shares.pop()
     if shares or share[0] > 1 or not all(takes(each.scaling, each.rows) for each in (g, x)):
         return REFERENCE.weights(g, x, ends, dtype)
-    made = (tiles.quantise_runs(each.rows, ends, share[1], (each.scaling.powers, form)) for each in (g, x))
-    return product.multiply_weights(*made, ends, dtype, choose_tile(find_chip(ends.device), share))
+    a, b = (quantisation.quantise_runs(each.rows, ends, share[1], (each.scaling.powers, form)) for each in (g, x))
+    return product.multiply_weights(a, b, ends, dtype, choose_tile(find_chip(ends.device), share))
 
 
 def copy(tokens: Quantised, copies: Copies) -> Quantised:

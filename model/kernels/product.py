@@ -9,8 +9,8 @@
 
 Without runs the first is an ordinary product. All three products of training are of this form (model/fp8.py): operands
 are quantised with K side by side. c is 128, or 32 for microscaling: the promotion that DeepSeek-V3 has every 128 terms
-(section 3.3.2), for units that sum in 14 bits, comes with the scales. How the output is cut into tiles changes no order of
-sums: configurations may be chosen by speed alone.
+(section 3.3.2), for units that sum in 14 bits, comes with the scales. How the output is cut into tiles changes no
+order of sums: configurations may be chosen by speed alone.
 
 Loads are plain ones, which all chips have. Never run on a GPU; docs/fp8.md says what was checked instead.
 """
@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.fp8 import Quantised
-from model.kernels.tiles import count_tiles
-from model.kernels.tile import Tile, find_run, find_tiles, place
+from model.kernels.quantisation import count_tiles
+from model.kernels.tile import Runs, Tile, find_run, find_tiles, place
 
 
 class _Operands(NamedTuple):
@@ -39,11 +39,6 @@ class _Size(NamedTuple):
     rows: int
     columns: int
     depth: int
-
-
-class _Runs(NamedTuple):
-    ends: Tensor | None
-    number: int
 
 
 @triton.jit
@@ -73,7 +68,7 @@ def _multiply_rows(operands, runs, size, tile: tl.constexpr, block: tl.constexpr
     t, column = place(tl.program_id(0), tl.num_programs(0) // across, across, 8)
     run, row, end = 0, t * tile.rows, size.rows
     if most > 0:
-        run, row, end = find_run(runs.ends, runs.number, t, tile.rows, most)
+        run, row, end = find_run(runs, t, tile.rows, most)
         end = tl.where(run < runs.number, end, size.rows)
     if row < end:
         rows, columns = row + tl.arange(0, tile.rows), column * tile.columns + tl.arange(0, tile.columns)
@@ -104,7 +99,7 @@ def _multiply_weights(operands, runs, size, tile: tl.constexpr, most: tl.constex
     tiles = size.depth // tile.depth
     a = operands.a + lines * size.depth, operands.a_scales + lines * tiles
     b = operands.b + others * size.depth, operands.b_scales + others * tiles
-    total = _sum_tiles(a, b, find_tiles(runs.ends, runs.number, run, tile.depth, most), size.depth, tile, False)
+    total = _sum_tiles(a, b, find_tiles(runs, run, tile.depth, most), size.depth, tile, False)
     places = (tl.cast(run, tl.int64) * size.rows + rows[:, None]) * size.columns + columns[None, :]
     inside = (rows < size.rows)[:, None] & (columns < size.columns)[None, :]
     tl.store(operands.out + places, total.to(operands.out.dtype.element_ty), mask=inside)
@@ -118,7 +113,7 @@ def multiply_rows(a: Quantised, b: Quantised, ends: Tensor | None, dtype: torch.
     (rows, depth), columns = a.values.shape, b.values.shape[-2]
     assert a.tile[0] == 1 and a.tile[1] == b.tile[1] == tile.depth and b.values.shape[-1] == depth
     out = torch.empty(rows, columns, dtype=dtype, device=a.values.device)
-    runs = _Runs(ends, 1 if ends is None else len(ends))
+    runs = Runs(ends, 1 if ends is None else len(ends))
     down = triton.cdiv(rows, tile.rows) if ends is None else count_tiles(rows, runs.number + 1, tile.rows)
     if out.numel():
         _multiply_rows[(down * triton.cdiv(columns, tile.columns),)](
@@ -143,7 +138,7 @@ def multiply_weights(g: Quantised, x: Quantised, ends: Tensor, dtype: torch.dtyp
     if out.numel():
         _multiply_weights[(len(ends) * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
             _Operands(*g[:2], *x[:2], out),
-            _Runs(ends, len(ends)),
+            Runs(ends, len(ends)),
             _Size(rows, columns, depth),
             tile,
             triton.next_power_of_2(len(ends)),

@@ -53,7 +53,6 @@ def _choose(scores, chosen, size, rule: tl.constexpr, rows: tl.constexpr):  # ty
     x = tl.where(x == x, x, float("inf"))
     least: tl.constexpr = -3.4028234663852886e38  # what is taken away or closed is -inf, below all that may be chosen
     x = tl.where(there, tl.maximum(x, least), float("-inf"))
-    past: tl.constexpr = rule.groups * rule.wide
     if rule.top_groups > 0:
         rest, total = x, tl.zeros((rows, rule.groups, 1), dtype=x.dtype)
         for _ in tl.static_range(rule.best):
@@ -83,6 +82,11 @@ def choose(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int) 
     chosen = torch.empty(tokens, top_k, dtype=torch.int64, device=scores.device)
     wide = triton.next_power_of_2(experts // groups), triton.next_power_of_2(groups)
     if tokens:
-        size, shape = _Size(tokens, experts, groups), Rule(wide[1], wide[0], best, top_groups if groups > top_groups else 0, top_k)
-        _choose[(triton.cdiv(tokens, ROWS),)](scores.contiguous(), chosen, size, shape, ROWS, num_warps=4, enable_fp_fusion=True)
+        size, shape = (
+            _Size(tokens, experts, groups),
+            Rule(wide[1], wide[0], best, top_groups if groups > top_groups else 0, top_k),
+        )
+        _choose[(triton.cdiv(tokens, ROWS),)](
+            scores.contiguous(), chosen, size, shape, ROWS, num_warps=4, enable_fp_fusion=True
+        )
     return chosen

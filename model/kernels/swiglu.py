@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.fp8 import Format, Quantised, Scaling
-from model.kernels.tiles import Area
+from model.kernels.quantisation import Area
 from model.kernels.tile import Shared, divide, find_scales
 
 FORWARD, BACKWARD = Area(16, 128), Area(4, 512)
@@ -50,16 +50,17 @@ class _Size(NamedTuple):
 
 
 @triton.jit
-def _store(out, out_scales, x, rows, first, width, inside, shared: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [rows, columns] in 8 bits to columns from ``first`` on of a matrix of ``width``."""
+def _store(out, x, rows, place, shared: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [rows, columns] in 8 bits, to ``out``: values, scales, their width; ``place``: the first column, and inside."""
+    first, inside = place
     scales = find_scales(x, shared)
-    columns = first + tl.arange(0, x.shape[1])
-    places = rows[:, None].to(tl.int64) * width + columns[None, :]
-    tl.store(out + places, divide(x, scales, shared).to(out.dtype.element_ty), mask=inside)
+    line = rows[:, None].to(tl.int64)
+    values = divide(x, scales, shared).to(out[0].dtype.element_ty)
+    tl.store(out[0] + line * out[2] + first + tl.arange(0, x.shape[1])[None, :], values, mask=inside)
     number: tl.constexpr = x.shape[1] // shared.columns
-    places = rows[:, None].to(tl.int64) * (width // shared.columns) + first // shared.columns
-    any_inside = tl.max(tl.reshape(inside.to(tl.int32), (x.shape[0], number, shared.columns)), 2)
-    tl.store(out_scales + places + tl.arange(0, number)[None, :], scales, mask=any_inside > 0)
+    tiles = first // shared.columns + tl.arange(0, number)[None, :]
+    whole = tl.max(tl.reshape(inside.to(tl.int32), (x.shape[0], number, shared.columns)), 2) > 0
+    tl.store(out[1] + line * (out[2] // shared.columns) + tiles, scales, mask=whole)
 
 
 @triton.jit
@@ -73,10 +74,11 @@ def _activate(memory, size, area: tl.constexpr, shared: tl.constexpr):  # type: 
     gate = tl.load(memory.both + places, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(memory.both + size.columns + places, mask=inside, other=0.0).to(tl.float32)
     share = tl.load(memory.share + rows, mask=rows < size.rows, other=0.0).to(tl.float32)
-    _store(memory.inner, memory.inner_scales, gate, rows, first, 2 * size.columns, inside, shared)
-    _store(memory.inner, memory.inner_scales, up, rows, size.columns + first, 2 * size.columns, inside, shared)
+    inner = memory.inner, memory.inner_scales, 2 * size.columns
+    _store(inner, gate, rows, (first, inside), shared)
+    _store(inner, up, rows, (size.columns + first, inside), shared)
     hidden = gate / (1 + tl.exp(-gate)) * up * share[:, None]
-    _store(memory.hidden, memory.hidden_scales, hidden, rows, first, size.columns, inside, shared)
+    _store((memory.hidden, memory.hidden_scales, size.columns), hidden, rows, (first, inside), shared)
 
 
 @triton.jit
@@ -102,9 +104,7 @@ def _differentiate(memory, size, area: tl.constexpr, c: tl.constexpr):  # type: 
         tl.store(memory.g_both + places, g_gate.to(memory.g_both.dtype.element_ty), mask=inside)
         tl.store(memory.g_both + size.columns + places, g_up.to(memory.g_both.dtype.element_ty), mask=inside)
         hidden *= share[:, None]
-        tl.store(
-            memory.hidden + line * size.columns + columns, hidden.to(memory.hidden.dtype.element_ty), mask=inside
-        )
+        tl.store(memory.hidden + line * size.columns + columns, hidden.to(memory.hidden.dtype.element_ty), mask=inside)
     tl.store(memory.g_share + rows, g_share, mask=rows < size.rows)
 
 

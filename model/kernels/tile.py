@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Tile(NamedTuple):
@@ -33,6 +34,13 @@ class Shared(NamedTuple):
     columns: int
     powers: bool
     maximum: float
+
+
+class Runs(NamedTuple):
+    """Runs of rows: where each ends [E] int32, ascending, and E."""
+
+    ends: Tensor | None
+    number: int
 
 
 @triton.jit
@@ -61,29 +69,32 @@ def divide(x, scales, shared: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def find_run(ends, runs, tile, length: tl.constexpr, most: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tile ``tile`` of ``length`` rows -> its run, its first row, the end of the run. ``runs`` if it lies after all."""
+def _count(runs, length: tl.constexpr, most: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each run its number, first row, end, and how many tiles of ``length`` rows it has; ``most`` >= all runs."""
     run = tl.arange(0, most)
-    end = tl.load(ends + run, mask=run < runs, other=0)
-    begin = tl.load(ends + run - 1, mask=(run > 0) & (run < runs), other=0)
-    tiles = tl.where(run < runs, tl.cdiv(end - begin, length), 0)
-    behind = tl.cumsum(tiles, 0)
-    passed = (run < runs) & (behind <= tile)
-    found = tl.sum(passed.to(tl.int32), 0)
-    first = tile - tl.sum(tl.where(passed, tiles, 0), 0)
-    here = run == found
-    last = tl.max(tl.where(run < runs, end, 0), 0)
-    start = tl.where(found < runs, tl.sum(tl.where(here, begin, 0), 0), last)
-    return found, start + first * length, tl.sum(tl.where(here, end, 0), 0)
+    end = tl.load(runs.ends + run, mask=run < runs.number, other=0)
+    begin = tl.load(runs.ends + run - 1, mask=(run > 0) & (run < runs.number), other=0)
+    return run, begin, end, tl.where(run < runs.number, tl.cdiv(end - begin, length), 0)
 
 
 @triton.jit
-def find_tiles(ends, runs, run, length: tl.constexpr, most: tl.constexpr):  # type: ignore[no-untyped-def]
+def find_run(runs, tile, length: tl.constexpr, most: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tile ``tile`` of ``length`` rows -> its run, its first row, the end of the run.
+
+    A tile after all runs belongs to run ``runs.number``, whose rows follow on the last end.
+    """
+    run, begin, end, tiles = _count(runs, length, most)
+    passed = (run < runs.number) & (tl.cumsum(tiles, 0) <= tile)
+    found = tl.sum(passed.to(tl.int32), 0)
+    first = tile - tl.sum(tl.where(passed, tiles, 0), 0)
+    start = tl.where(found < runs.number, tl.sum(tl.where(run == found, begin, 0), 0), tl.max(end, 0))
+    return found, start + first * length, tl.sum(tl.where(run == found, end, 0), 0)
+
+
+@triton.jit
+def find_tiles(runs, run, length: tl.constexpr, most: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first of the tiles of ``run``, and the one after its last."""
-    each = tl.arange(0, most)
-    end = tl.load(ends + each, mask=each < runs, other=0)
-    begin = tl.load(ends + each - 1, mask=(each > 0) & (each < runs), other=0)
-    tiles = tl.where(each < runs, tl.cdiv(end - begin, length), 0)
+    each, _, _, tiles = _count(runs, length, most)
     first = tl.sum(tl.where(each < run, tiles, 0), 0)
     return first, first + tl.sum(tl.where(each == run, tiles, 0), 0)
 

@@ -11,22 +11,11 @@ what orders those with ordinary loads (``parallel.kernels.flags``) does not orde
 Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-
-class Tile(NamedTuple):
-    """Rows and columns of the output that a program takes at a time, the step through K; powers of two."""
-
-    rows: int = 128
-    columns: int = 256
-    depth: int = 64
-    warps: int = 8
-    stages: int = 4  # steps of K in flight
-
+from model.kernels.tile import Tile
 
 AMD = Tile(columns=128, stages=2)  # one step of 32 KiB in the 64 KiB of shared memory, and one in registers
 

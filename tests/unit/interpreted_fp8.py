@@ -1,5 +1,7 @@
 """Checks of the kernels of model/kernels that run in Triton's interpreter: see interpreted_start.py."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -7,12 +9,16 @@ import torch
 from torch import Tensor
 
 from model.config import MoEConfig
-from model.exchange import Layout, lay_out, sum_copies, unpermute
-from model.fp8 import FORMATS, Quantised, Scaling, dequantise
+from model.exchange import SUMS, Layout, lay_out, sum_copies, unpermute
+from model.experts import Experts
+from model.fp8 import DEEPSEEK_V3, FORMATS, MXFP8, Quantised, Scaling, dequantise
 from model.fp8 import quantise as reference
-from model.fp8_ops import REFERENCE, Operand
-from model.kernels import copies, product, router, swiglu, tiles
+from model.fp8_experts import FP8Experts
+from model.fp8_linear import FP8Linear
+from model.fp8_ops import OPERATORS, REFERENCE, Operand
+from model.kernels import copies, operators, product, quantisation, swiglu
 from model.kernels.tile import Tile
+from model.linear import Linear
 from model.router import CHOICES, choose
 
 CPU = FORMATS["cpu"]
@@ -37,7 +43,7 @@ def check_quantise(shape: list[int], tile: list[int], powers: bool, chip: str, d
     form, scaling = FORMATS[chip], Scaling((tile[0], tile[1]), powers)
     x = draw(*shape, dtype=getattr(torch, dtype))
     for each in (x, x.mT, x[..., 1:, ::2], spoil(x)):
-        same(tiles.quantise(each, scaling, form), reference(each, scaling, form))
+        same(quantisation.quantise(each, scaling, form), reference(each, scaling, form))
 
 
 def spoil(x: Tensor) -> Tensor:
@@ -91,7 +97,7 @@ def check_runs(sizes: tuple[int, ...], spare: int, columns: int, powers: bool) -
     ends, x = ends_of(sizes), spoil(draw(sum(sizes) + spare, columns))
     kept = reference(x, Scaling((1, 128), True), CPU)
     for given, rows in ((x, x), (kept, dequantise(kept))):
-        made = tiles.quantise_runs(given, ends, 128, (powers, CPU))
+        made = quantisation.quantise_runs(given, ends, 128, (powers, CPU))
         first = 0
         for start, end in pairwise([0, *ends.tolist()]):
             tiles = -(-(end - start) // 128)
@@ -107,18 +113,18 @@ def check_runs(sizes: tuple[int, ...], spare: int, columns: int, powers: bool) -
 def check_weights(sizes: tuple[int, ...], spare: int, outputs: int, inputs: int) -> None:
     ends, rows = ends_of(sizes), sum(sizes) + spare
     g, x = Operand(draw(rows, outputs), Scaling((1, 128))), Operand(draw(rows, inputs, seed=1), Scaling((1, 128), True))
-    ours = [tiles.quantise_runs(each.rows, ends, 128, (each.scaling.powers, CPU)) for each in (g, x)]
+    ours = [quantisation.quantise_runs(each.rows, ends, 128, (each.scaling.powers, CPU)) for each in (g, x)]
     made = [product.multiply_weights(*ours, ends, torch.float32, tile) for tile in SMALL]
     for each in made:
         near(each, REFERENCE.weights(g, x, ends, torch.float32))
 
 
 def route(tokens: int, experts: int, choices: int) -> Layout:
-    """Random choices, padded to 32 rows an expert."""
+    """Random choices, padded to 4 rows an expert."""
     generator = torch.Generator().manual_seed(3)
     chosen = [torch.randperm(experts, generator=generator)[:choices] for _ in range(tokens)]
     flat = torch.stack(chosen).flatten() if chosen else torch.zeros(0, dtype=torch.int64)
-    return lay_out(flat, torch.arange(tokens).repeat_interleave(choices), tokens, experts, 32)
+    return lay_out(flat, torch.arange(tokens).repeat_interleave(choices), tokens, experts, 4)
 
 
 def nearly(ours: Quantised, theirs: Quantised) -> None:
@@ -173,20 +179,65 @@ def check_copies(tokens: int, width: int, experts: int, choices: int, dtype: str
     inputs = rows.float().requires_grad_(), gates.requires_grad_()
     g = torch.randn(tokens, width, generator=torch.Generator().manual_seed(7)).to(kind)
     expected_grads = torch.autograd.grad(unpermute(*inputs, layout.copies), inputs, g.float())
-    for ours, theirs in zip(
-        copies.weigh_back(g, rows, gates.detach(), layout.copies), expected_grads, strict=True
-    ):
+    for ours, theirs in zip(copies.weigh_back(g, rows, gates.detach(), layout.copies), expected_grads, strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=rounding, atol=16 * rounding)
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """What runs on a CPU is what would run on a GPU, in small tiles."""
+    tables: tuple[dict[str, Any], ...] = OPERATORS, SUMS, CHOICES
+    plain, chip = [table["cpu"] for table in tables], operators.find_chip
+    operators.TILES["cpu"] = operators.Cuts(SMALL[:1], SMALL[1:])
+    operators.find_chip = lambda device: "cpu"  # type: ignore[assignment]
+    try:
+        for table in tables:
+            table["cpu"] = table["cuda"]
+        yield
+    finally:
+        operators.find_chip = chip
+        for table, before in zip(tables, plain, strict=True):
+            table["cpu"] = before
 
 
 def check_router(tokens: int, moe: dict[str, Any]) -> None:
     config = MoEConfig(**moe)
     scores = torch.randn(tokens, config.experts, generator=torch.Generator().manual_seed(8))
     expected = choose(scores, config)
-    CHOICES["cpu"] = router.choose
-    assert torch.equal(choose(scores, config), expected)
+    with kernels():
+        assert torch.equal(choose(scores, config), expected)
     if tokens:
         scores[0, 1], scores[0, 2] = torch.nan, -torch.inf
-        found = choose(scores, config)
+        with kernels():
+            found = choose(scores, config)
         assert 1 in found[0] and int(found.min()) >= 0 and int(found.max()) < config.experts
         assert all(len(set(line.tolist())) == config.top_k for line in found)
+
+
+def check_modules(recipe: str, tokens: int, dtype: str) -> None:
+    """Linear and experts, forward and backward, through kernels as through the reference."""
+    rounded = {"fp8": DEEPSEEK_V3, "mxfp8": MXFP8}[recipe]
+    kind = getattr(torch, dtype)
+    plain, fused = Experts(4, 256, 128).to(kind), Linear(256, 2, 128).to(kind)
+    with torch.no_grad():
+        for seed, parameter in enumerate((*plain.parameters(), *fused.parameters())):
+            generator = torch.Generator().manual_seed(seed)
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    experts, linear = FP8Experts(plain, rounded), FP8Linear(fused, rounded)
+    layout = route(tokens, 4, 2)
+    x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(9)).to(kind).requires_grad_()
+    gates = torch.rand(len(layout.copies.slots), generator=torch.Generator().manual_seed(10)).requires_grad_()
+    inputs = [x, gates, *experts.parameters(), linear.weight]
+
+    def run() -> list[Tensor]:
+        out, beside = experts(x, gates, layout), linear(x)
+        g = torch.randn(out.shape, generator=torch.Generator().manual_seed(11)).to(kind)
+        return [out, beside, *torch.autograd.grad([out, beside], inputs, [g, g])]
+
+    expected = run()
+    with kernels():
+        made = run()
+    for ours, theirs in zip(made, expected, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        ours, theirs = ours.detach().double(), theirs.detach().double()
+        assert float((ours - theirs).norm()) <= 4e-3 * float(theirs.norm())

@@ -1,11 +1,11 @@
-"""Quantisation by tiles and blocks, read in any strides and written with what is summed over side by side.
+"""Quantisation by tiles and blocks: read in any strides, written with what is summed over side by side.
 
-    _quantise        x [B, R, C]                -> values [B, R, C], scales [B, tiles of R, tiles of C]
-    _quantise_runs   x [P, C], runs of rows     -> values [C, S], scales [C, S / depth]: along rows, for weight gradients
+    _quantise        x [B, R, C]              -> values [B, R, C], scales [B, tiles of R, tiles of C]
+    _quantise_runs   x [P, C], runs of rows   -> values [C, S], scales [C, S / depth]: along rows, for weight gradients
 
 A program takes whole tiles. In ``_quantise_runs`` each run begins with a tile of its own: run e has
-ceil(rows / depth) of them, and S has room for any division of P rows into E runs; what is left over is never read. There
-x may itself be quantised by tiles of columns: its values are widened on the way in.
+ceil(rows / depth) of them, and S has room for any division of P rows into E runs; what is left over is never read.
+There x may itself be quantised by tiles of columns: its values are widened on the way in.
 
 The reference is ``model.fp8.quantise``, to the bit. Never run on a GPU; docs/fp8.md says what was checked instead.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.fp8 import Format, Quantised, Scaling
-from model.kernels.tile import Shared, divide, find_run, find_scales
+from model.kernels.tile import Runs, Shared, divide, find_run, find_scales
 
 
 class Area(NamedTuple):
@@ -29,7 +29,8 @@ class Area(NamedTuple):
     warps: int = 4
 
 
-WIDE, TALL, BLOCK = Area(32, 128), Area(128, 128, 8), Area(128, 128, 8)  # rows side by side in memory, columns, either
+# For rows that lie side by side in memory, columns that do, blocks; and for runs, as many columns as fill a line.
+WIDE, TALL, BLOCK, RUN = Area(16, 128), Area(64, 128, 16), Area(128, 128, 16), Area(128, 64, 8)
 
 
 class _Memory(NamedTuple):
@@ -47,10 +48,19 @@ class _Size(NamedTuple):
     batch_step: int
 
 
-class _Runs(NamedTuple):
-    ends: Tensor
-    number: int
-    slots: int  # of a row of values
+class _RunsSize(NamedTuple):
+    columns: int
+    row_step: int
+    column_step: int
+    slots: int  # elements of a row of what is written
+
+
+class _Way(NamedTuple):
+    """Of quantising runs: scales, columns of x that share one already (0: x is wide), room for the number of runs."""
+
+    shared: Shared
+    share: int
+    most: int
 
 
 @triton.jit
@@ -75,10 +85,10 @@ def _quantise(memory, size, area: tl.constexpr, shared: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _quantise_runs(memory, runs, size, area: tl.constexpr, shared: tl.constexpr, share: tl.constexpr, most: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantise_runs(memory, runs, size, area: tl.constexpr, way: tl.constexpr):  # type: ignore[no-untyped-def]
     across = tl.cdiv(size.columns, area.columns)
     t = tl.program_id(0) // across
-    run, row, end = find_run(runs.ends, runs.number, t, area.rows, most)
+    run, row, end = find_run(runs, t, area.rows, way.most)
     if run < runs.number:
         rows = row + tl.arange(0, area.rows)
         columns = tl.program_id(0) % across * area.columns + tl.arange(0, area.columns)
@@ -86,14 +96,14 @@ def _quantise_runs(memory, runs, size, area: tl.constexpr, shared: tl.constexpr,
         inside = (rows < end)[:, None] & real[None, :]
         places = rows[:, None].to(tl.int64) * size.row_step + columns[None, :].to(tl.int64) * size.column_step
         x = tl.load(memory.x + places, mask=inside, other=0.0).to(tl.float32)
-        if share > 0:
-            places = rows[:, None].to(tl.int64) * tl.cdiv(size.columns, share) + columns[None, :] // share
+        if way.share > 0:
+            places = rows[:, None].to(tl.int64) * tl.cdiv(size.columns, way.share) + columns[None, :] // way.share
             x *= tl.load(memory.x_scales + places, mask=inside, other=0.0)
-        scales = find_scales(x, shared)
-        values = divide(x, scales, shared).to(memory.out.dtype.element_ty)
-        first = columns.to(tl.int64) * runs.slots + t * area.rows
+        scales = find_scales(x, way.shared)
+        values = divide(x, scales, way.shared).to(memory.out.dtype.element_ty)
+        first = columns.to(tl.int64) * size.slots + t * area.rows
         tl.store(memory.out + first[None, :] + tl.arange(0, area.rows)[:, None], values, mask=real[None, :])
-        first = columns.to(tl.int64) * (runs.slots // area.rows) + t
+        first = columns.to(tl.int64) * (size.slots // area.rows) + t
         tl.store(memory.out_scales + first[None, :] + tl.arange(0, 1)[:, None], scales, mask=real[None, :])
 
 
@@ -110,7 +120,9 @@ def quantise(x: Tensor, scaling: Scaling, form: Format, area: Area | None = None
         batch_step, row_step, column_step = flat.stride()
         size = _Size(rows, columns, row_step, column_step, batch_step)
         grid = (triton.cdiv(rows, area.rows) * triton.cdiv(columns, area.columns), len(flat))
-        _quantise[grid](_Memory(flat, None, values, scales), size, area, shared, num_warps=area.warps, enable_fp_fusion=True)
+        _quantise[grid](
+            _Memory(flat, None, values, scales), size, area, shared, num_warps=area.warps, enable_fp_fusion=True
+        )
     return Quantised(values, scales, scaling.tile)
 
 
@@ -121,29 +133,24 @@ def choose_area(x: Tensor, scaling: Scaling) -> Area:
     return WIDE if x.stride(-1) == 1 else TALL
 
 
-def quantise_runs(
-    x: Tensor | Quantised, ends: Tensor, depth: int, shared: tuple[bool, Format], columns: int = 32
-) -> Quantised:
+def quantise_runs(x: Tensor | Quantised, ends: Tensor, depth: int, shared: tuple[bool, Format]) -> Quantised:
     """x [P, C] along the rows of each run, ``depth`` of which share a scale -> [C, S], [C, S / depth].
 
     ``shared``: whether scales are powers of two, and the format. Runs end at ``ends`` [E] int32, ascending.
     """
     powers, form = shared
     rows, x_scales, share = (x, None, 0) if isinstance(x, Tensor) else (x.values, x.scales, x.tile[1])
-    (length, width), number = rows.shape, len(ends)
-    tiles = count_tiles(length, number, depth)
+    length, width = rows.shape
+    tiles, area = count_tiles(length, len(ends), depth), RUN._replace(rows=depth)
     values = torch.empty(width, tiles * depth, dtype=form.dtype, device=rows.device)
     scales = torch.empty(width, tiles, dtype=torch.float32, device=rows.device)
-    area = Area(depth, columns)
     if values.numel():
-        _quantise_runs[(tiles * triton.cdiv(width, columns),)](
+        _quantise_runs[(tiles * triton.cdiv(width, area.columns),)](
             _Memory(rows, x_scales, values, scales),
-            _Runs(ends, number, tiles * depth),
-            _Size(length, width, *rows.stride(), 0),
+            Runs(ends, len(ends)),
+            _RunsSize(width, rows.stride(0), rows.stride(1), tiles * depth),
             area,
-            Shared(depth, 1, powers, form.maximum),
-            share,
-            triton.next_power_of_2(number),
+            _Way(Shared(depth, 1, powers, form.maximum), share, triton.next_power_of_2(len(ends))),
             num_warps=area.warps,
             enable_fp_fusion=True,
         )
