@@ -45,7 +45,7 @@ def run(config: Config, invocation: Invocation) -> int:
     print(f"Triton {triton.__version__}")
     faults = []
     for target in CHIPS if config.target is None else (config.target,):
-        cases = [*model_cases.list_cases(target), *parallel_cases.list_cases(target)]
+        cases = [*model_cases.list_cases(model_cases.Inputs(target)), *parallel_cases.list_cases(target)]
         print(f"\n{CHIPS[target].name}, {target}\n\n{HEAD}", flush=True)
         made = []
         for compiled in compile_cases(target, cases):

@@ -6,14 +6,14 @@ what a call has to do at least: each tensor is read or written once.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from model.exchange import Copies
-from model.fp8 import DEEPSEEK_V3, FORMATS, MXFP8, Format, Quantised, Scaling
+from model.fp8 import DEEPSEEK_V3, FORMATS, MXFP8, Quantised, Scaling
 from model.kernels import copies, product, quantisation, router, swiglu
 from model.kernels.chips import Unit
 from model.kernels.compile import Case
@@ -22,42 +22,34 @@ from model.kernels.tile import Tile
 
 TOKENS, WIDTH, FFN, EXPERTS, CAME, CHOSEN = 4096, 7168, 2048, 4, 24576, 32768
 LINE, BLOCK, MICRO = DEEPSEEK_V3.activations, DEEPSEEK_V3.weights, MXFP8.weights
-Make = Callable[..., Tensor]  # shape, dtype -> a tensor
 
 
-class Inputs(NamedTuple):
-    """How tensors are made, on which chip."""
+class Inputs:
+    """Tensors without memory, of the dtypes of a chip."""
 
-    make: Make
-    target: str
-
-    @property
-    def form(self) -> Format:
-        return FORMATS["gfx942" if self.target == "hip:gfx942" else "cuda"]
+    def __init__(self, target: str) -> None:
+        self.target, self.form = target, FORMATS["gfx942" if target == "hip:gfx942" else "cuda"]
 
     def wide(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return self.make(*shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def quantised(self, *shape: int, scaling: Scaling = LINE) -> Quantised:
+        """Values, and a scale for each tile."""
         tiles = [triton.cdiv(n, t) for n, t in zip(shape[-2:], scaling.tile, strict=True)]
-        scales = self.make(*shape[:-2], *tiles, dtype=torch.float32)
-        return Quantised(self.make(*shape, dtype=self.form.dtype), scales, scaling.tile)
+        scales = self.wide(*shape[:-2], *tiles, dtype=torch.float32)
+        return Quantised(self.wide(*shape, dtype=self.form.dtype), scales, scaling.tile)
 
     def ends(self) -> Tensor:
-        return self.make(EXPERTS, dtype=torch.int32)
+        """Of the runs of experts, the last at ``CHOSEN``."""
+        return self.wide(EXPERTS, dtype=torch.int32)
 
     def copies(self) -> Copies:
-        return Copies(*(self.make(n, dtype=torch.int64) for n in (CHOSEN, CHOSEN, CAME)))
+        """``CHOSEN`` choices of ``CAME`` tokens."""
+        return Copies(*(self.wide(n, dtype=torch.int64) for n in (CHOSEN, CHOSEN, CAME)))
 
 
-def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def list_cases(target: str, make: Make = meta) -> list[Case]:
-    """All kernels in all their configurations for ``target``."""
-    inputs = Inputs(make, target)
+def list_cases(inputs: Inputs) -> list[Case]:
+    """All kernels in all their configurations for the chip of ``inputs``."""
     return [*_quantisations(inputs), *_products(inputs), *_others(inputs)]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.cases import meta
 from model.kernels.chips import Unit
 from model.kernels.compile import Case, count_bytes
 from parallel.kernels import dispatch, flags, gather_gemm, gemm_scatter
@@ -69,7 +68,7 @@ def list_cases(target: str) -> list[Case]:
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return meta(*shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _rows() -> dispatch.Rows:

@@ -37,7 +37,7 @@ def draw(count: int) -> list[tuple[list[int], tuple[int, int], bool, str, str]]:
 def test_quantisation_is_the_references(
     interpreter: Interpreter, shape: list[int], tile: tuple[int, int], powers: bool, chip: str, dtype: str
 ) -> None:
-    interpreter.run("interpreted_fp8:check_quantise", shape, list(tile), powers, chip, dtype)
+    interpreter.run("fp8_checks:check_quantise", shape, list(tile), powers, chip, dtype)
 
 
 @full
@@ -46,38 +46,38 @@ def test_quantisation_in_all_cases(interpreter: Interpreter) -> None:
         for tile in TILES:
             for powers in (False, True):
                 for chip in ("cpu", "gfx942"):
-                    interpreter.run("interpreted_fp8:check_quantise", shape, list(tile), powers, chip, "bfloat16")
+                    interpreter.run("fp8_checks:check_quantise", shape, list(tile), powers, chip, "bfloat16")
 
 
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "lines"])
 @pytest.mark.parametrize("shape", [(33, 40, 130), (1, 1, 1), pytest.param((130, 260, 300), marks=full)], ids=str)
 def test_products(interpreter: Interpreter, shape: tuple[int, int, int], blocks: bool) -> None:
-    interpreter.run("interpreted_fp8:check_multiply", *shape, blocks)
+    interpreter.run("fp8_checks:check_multiply", *shape, blocks)
 
 
 @pytest.mark.parametrize(("sizes", "spare"), RUNS.values(), ids=RUNS)
 def test_products_of_experts(interpreter: Interpreter, sizes: tuple[int, ...], spare: int) -> None:
-    interpreter.run("interpreted_fp8:check_rows", sizes, spare, 40, 130)
-    interpreter.run("interpreted_fp8:check_runs", sizes, spare, 70, True)
-    interpreter.run("interpreted_fp8:check_weights", sizes, spare, 40, 50)
+    interpreter.run("fp8_checks:check_rows", sizes, spare, 40, 130)
+    interpreter.run("fp8_checks:check_runs", sizes, spare, 70, True)
+    interpreter.run("fp8_checks:check_weights", sizes, spare, 40, 50)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_experts_between_products(interpreter: Interpreter, dtype: str) -> None:
     for rows, ffn, c in ((37, 256, 128), (5, 96, 32), (0, 128, 128)):
-        interpreter.run("interpreted_fp8:check_swiglu", rows, ffn, c, dtype)
+        interpreter.run("fp8_checks:check_swiglu", rows, ffn, c, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_copies_of_tokens(interpreter: Interpreter, dtype: str) -> None:
     for tokens, width in ((9, 300), (0, 300), (3, 1100)):
-        interpreter.run("interpreted_fp8:check_copies", tokens, width, 3, 2, dtype)
+        interpreter.run("fp8_checks:check_copies", tokens, width, 3, 2, dtype)
 
 
 @pytest.mark.parametrize("moe", ROUTERS.values(), ids=ROUTERS)
 def test_the_routers_choice(interpreter: Interpreter, moe: dict[str, object]) -> None:
     for tokens in (0, 1, 19):
-        interpreter.run("interpreted_fp8:check_router", tokens, moe)
+        interpreter.run("fp8_checks:check_router", tokens, moe)
 
 
 MODULES = [("mxfp8", 5, "bfloat16"), ("fp8", 21, "float32"), ("fp8", 21, "bfloat16")]
@@ -90,4 +90,14 @@ def test_modules_run_on_kernels_as_on_the_reference(
     interpreter: Interpreter, recipe: str, tokens: int, dtype: str
 ) -> None:
     """Linear and experts, forward and both gradients, through the table that a GPU reads."""
-    interpreter.run("interpreted_fp8:check_modules", recipe, tokens, dtype)
+    interpreter.run("fp8_checks:check_modules", recipe, tokens, dtype)
+
+
+@full
+def test_the_gpus_benchmark_runs() -> None:
+    """In an interpreter of its own, whose shapes it makes small."""
+    worker = Interpreter()
+    try:
+        worker.run("gpu_benchmark:check")
+    finally:
+        worker.close()

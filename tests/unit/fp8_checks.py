@@ -1,4 +1,4 @@
-"""Checks of the kernels of model/kernels that run in Triton's interpreter: see interpreted_start.py."""
+"""Checks of the kernels of model/kernels against their references, in Triton's interpreter or on a GPU (tests/gpu)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +22,37 @@ from model.linear import Linear
 from model.router import CHOICES, choose
 
 CPU = FORMATS["cpu"]
+DEVICE, ROUNDING = "cpu", 1e-6
+TABLES: tuple[dict[str, Any], ...] = OPERATORS, SUMS, CHOICES
+ROWS = {which: [table[which] for table in TABLES] for which in ("cpu", "cuda")}
+
+
+@contextmanager
+def run_as(which: str) -> Iterator[None]:
+    """What runs on ``DEVICE`` is the row ``which`` of the tables."""
+    before = [table[DEVICE] for table in TABLES]
+    try:
+        for table, row in zip(TABLES, ROWS[which], strict=True):
+            table[DEVICE] = row
+        yield
+    finally:
+        for table, row in zip(TABLES, before, strict=True):
+            table[DEVICE] = row
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal values over many orders of magnitude, row by row."""
     generator = torch.Generator().manual_seed(seed)
     sizes = 10.0 ** torch.randint(-6, 5, (*shape[:-1], 1), generator=generator)
-    return (torch.randn(shape, generator=generator) * sizes).to(dtype)
+    return (torch.randn(shape, generator=generator) * sizes).to(DEVICE, dtype)
 
 
 def same(ours: Quantised, theirs: Quantised) -> None:
@@ -61,10 +85,16 @@ def near(ours: Tensor, theirs: Tensor) -> None:
     finite = theirs.isfinite()
     assert torch.equal(ours.isfinite(), finite)
     size = theirs[finite].double().norm().clamp(min=1e-30)
-    assert float((ours[finite].double() - theirs[finite].double()).norm() / size) < 1e-6
+    assert float((ours[finite].double() - theirs[finite].double()).norm() / size) < ROUNDING
 
 
-SMALL = (Tile(16, 16, 128, 4, 1), Tile(32, 64, 128, 4, 1))
+SMALL = (Tile(16, 16, 128, 4, 1), Tile(32, 64, 128, 4, 1))  # of products, two ways to cut the output
+
+
+def pretend() -> None:
+    """A chip for the interpreter."""
+    operators.TILES["cpu"] = operators.Cuts(SMALL[:1], SMALL[1:])
+    operators.find_chip = lambda device: "cpu"  # type: ignore[assignment]
 
 
 def check_multiply(rows: int, columns: int, depth: int, blocks: bool) -> None:
@@ -78,7 +108,7 @@ def check_multiply(rows: int, columns: int, depth: int, blocks: bool) -> None:
 
 
 def ends_of(sizes: tuple[int, ...]) -> Tensor:
-    return torch.tensor(sizes).cumsum(0).int()
+    return torch.tensor(sizes, device=DEVICE).cumsum(0).int()
 
 
 def check_rows(sizes: tuple[int, ...], spare: int, columns: int, depth: int) -> None:
@@ -124,7 +154,8 @@ def route(tokens: int, experts: int, choices: int) -> Layout:
     generator = torch.Generator().manual_seed(3)
     chosen = [torch.randperm(experts, generator=generator)[:choices] for _ in range(tokens)]
     flat = torch.stack(chosen).flatten() if chosen else torch.zeros(0, dtype=torch.int64)
-    return lay_out(flat, torch.arange(tokens).repeat_interleave(choices), tokens, experts, 4)
+    owners = torch.arange(tokens, device=DEVICE).repeat_interleave(choices)
+    return lay_out(flat.to(DEVICE), owners, tokens, experts, 4)
 
 
 def nearly(ours: Quantised, theirs: Quantised) -> None:
@@ -143,8 +174,8 @@ def nearly(ours: Quantised, theirs: Quantised) -> None:
 
 def check_swiglu(rows: int, ffn: int, c: int, dtype: str) -> None:
     scaling = Scaling((1, c), c == 32)
-    both = (3 * torch.randn(rows, 2 * ffn, generator=torch.Generator().manual_seed(1))).to(getattr(torch, dtype))
-    share = torch.rand(rows, generator=torch.Generator().manual_seed(2))
+    both = 3 * normal(rows, 2 * ffn, seed=1, dtype=getattr(torch, dtype))
+    share = uniform(rows, seed=2)
     if rows > 4:
         both[1, 3], both[2, ffn + 1], share[3] = torch.nan, torch.inf, 0.0
     made, expected = swiglu.activate(both, share, scaling, CPU), REFERENCE.activate(both, share, scaling)
@@ -169,46 +200,30 @@ def check_copies(tokens: int, width: int, experts: int, choices: int, dtype: str
             kept, rows = copies.enter(given, layout.copies, (scaling, CPU))
             same(kept, expected)
             assert torch.equal(dequantise(rows), dequantise(copied))
-    rows = torch.randn(len(source), width, generator=torch.Generator().manual_seed(5)).to(kind)
-    gates = torch.rand(len(slots), generator=torch.Generator().manual_seed(6))
+    rows = normal(len(source), width, seed=5, dtype=kind)
+    gates = uniform(len(slots), seed=6)
     rounding = {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
     for weights in (None, gates):
         ours = copies.sum_copies(rows, slots, starts, weights)
         theirs = sum_copies(rows.float(), slots, starts, weights)
         torch.testing.assert_close(ours.float(), theirs, rtol=rounding, atol=rounding)
     inputs = rows.float().requires_grad_(), gates.requires_grad_()
-    g = torch.randn(tokens, width, generator=torch.Generator().manual_seed(7)).to(kind)
+    g = normal(tokens, width, seed=7, dtype=kind)
     expected_grads = torch.autograd.grad(unpermute(*inputs, layout.copies), inputs, g.float())
     for ours, theirs in zip(copies.weigh_back(g, rows, gates.detach(), layout.copies), expected_grads, strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=rounding, atol=16 * rounding)
 
 
-@contextmanager
-def kernels() -> Iterator[None]:
-    """What runs on a CPU is what would run on a GPU, in small tiles."""
-    tables: tuple[dict[str, Any], ...] = OPERATORS, SUMS, CHOICES
-    plain, chip = [table["cpu"] for table in tables], operators.find_chip
-    operators.TILES["cpu"] = operators.Cuts(SMALL[:1], SMALL[1:])
-    operators.find_chip = lambda device: "cpu"  # type: ignore[assignment]
-    try:
-        for table in tables:
-            table["cpu"] = table["cuda"]
-        yield
-    finally:
-        operators.find_chip = chip
-        for table, before in zip(tables, plain, strict=True):
-            table["cpu"] = before
-
-
 def check_router(tokens: int, moe: dict[str, Any]) -> None:
     config = MoEConfig(**moe)
-    scores = torch.randn(tokens, config.experts, generator=torch.Generator().manual_seed(8))
-    expected = choose(scores, config)
-    with kernels():
+    scores = normal(tokens, config.experts, seed=8)
+    with run_as("cpu"):
+        expected = choose(scores, config)
+    with run_as("cuda"):
         assert torch.equal(choose(scores, config), expected)
     if tokens:
         scores[0, 1], scores[0, 2] = torch.nan, -torch.inf
-        with kernels():
+        with run_as("cuda"):
             found = choose(scores, config)
         assert 1 in found[0] and int(found.min()) >= 0 and int(found.max()) < config.experts
         assert all(len(set(line.tolist())) == config.top_k for line in found)
@@ -216,26 +231,28 @@ def check_router(tokens: int, moe: dict[str, Any]) -> None:
 
 def check_modules(recipe: str, tokens: int, dtype: str) -> None:
     """Linear and experts, forward and backward, through kernels as through the reference."""
+    if DEVICE == "cpu":
+        pretend()
     rounded = {"fp8": DEEPSEEK_V3, "mxfp8": MXFP8}[recipe]
     kind = getattr(torch, dtype)
-    plain, fused = Experts(4, 256, 128).to(kind), Linear(256, 2, 128).to(kind)
+    plain, fused = Experts(4, 256, 128).to(DEVICE, kind), Linear(256, 2, 128).to(DEVICE, kind)
     with torch.no_grad():
         for seed, parameter in enumerate((*plain.parameters(), *fused.parameters())):
-            generator = torch.Generator().manual_seed(seed)
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.1 * normal(*parameter.shape, seed=seed))
     experts, linear = FP8Experts(plain, rounded), FP8Linear(fused, rounded)
     layout = route(tokens, 4, 2)
-    x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(9)).to(kind).requires_grad_()
-    gates = torch.rand(len(layout.copies.slots), generator=torch.Generator().manual_seed(10)).requires_grad_()
+    x = normal(tokens, 256, seed=9, dtype=kind).requires_grad_()
+    gates = uniform(len(layout.copies.slots), seed=10).requires_grad_()
     inputs = [x, gates, *experts.parameters(), linear.weight]
 
     def run() -> list[Tensor]:
         out, beside = experts(x, gates, layout), linear(x)
-        g = torch.randn(out.shape, generator=torch.Generator().manual_seed(11)).to(kind)
+        g = normal(*out.shape, seed=11, dtype=kind)
         return [out, beside, *torch.autograd.grad([out, beside], inputs, [g, g])]
 
-    expected = run()
-    with kernels():
+    with run_as("cpu"):
+        expected = run()
+    with run_as("cuda"):
         made = run()
     for ours, theirs in zip(made, expected, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
