@@ -20,7 +20,7 @@ from model.experts import Experts
 from model.fp8 import Quantised, Recipe, Scaling
 from model.fp8_linear import list_parts, quantise_once
 from model.fp8_ops import Operand, activate, copy, differentiate, enter, multiply_rows, multiply_weights, quantise
-from model.linear import Deferred, WeightGradient
+from model.linear import Deferred, compute_or_defer
 
 
 class ExpertsFunction(torch.autograd.Function):
@@ -71,13 +71,9 @@ class ExpertsFunction(torch.autograd.Function):
             made = [multiply_weights(Operand(part, recipe.gradients), right, ends, gate_up.dtype) for part in g_parts]
             return torch.cat(made, 1).view(gate_up.shape)
 
-        if ctx.deferred is None:
-            return None, None, g_tokens, g_gates, compute_gate_up(), compute_down(), *(None,) * 4
-        ctx.deferred += [
-            WeightGradient(parameter, compute)
-            for parameter, compute in zip(ctx.parameters[::-1], (compute_down, compute_gate_up), strict=True)
-        ]
-        return None, None, g_tokens, g_gates, *(None,) * 6
+        g_down = compute_or_defer(compute_down, ctx.deferred, ctx.parameters[1])
+        g_gate_up = compute_or_defer(compute_gate_up, ctx.deferred, ctx.parameters[0])
+        return None, None, g_tokens, g_gates, g_gate_up, g_down, *(None,) * 4
 
 
 class FP8Experts(Experts):

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from model.fp8 import Quantised, Recipe, Scaling, dequantise
 from model.fp8_ops import multiply, quantise
-from model.linear import Deferred, Linear, WeightGradient
+from model.linear import Deferred, Linear, compute_or_defer
 
 
 class Once:
@@ -88,10 +88,8 @@ class FP8Function(torch.autograd.Function):
             made = [multiply(quantise(g.t(), recipe.gradients), rows, weight.dtype) for g in parts]
             return torch.cat(made).view(weight.shape)
 
-        if needed[1] and ctx.deferred is not None:
-            ctx.deferred.append(WeightGradient(ctx.parameter, compute))
-        elif needed[1]:
-            gw = compute()
+        if needed[1]:
+            gw = compute_or_defer(compute, ctx.deferred, ctx.parameter)
         return gx, gw, None, None, None
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model.linear import Deferred, WeightGradient
+from model.linear import Deferred, compute_or_defer
 
 
 class RowsProduct(Protocol):
@@ -116,10 +116,7 @@ class GroupedFunction(torch.autograd.Function):
         def compute() -> Tensor:
             return grouped_weights(gy, x, ends).view(weight.shape)
 
-        if ctx.deferred is None:
-            return gx, compute(), None, None
-        ctx.deferred.append(WeightGradient(ctx.parameter, compute))
-        return gx, None, None, None
+        return gx, compute_or_defer(compute, ctx.deferred, ctx.parameter), None, None
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor, deferred: Deferred = None) -> Tensor:

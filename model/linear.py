@@ -25,21 +25,20 @@ class WeightGradient(NamedTuple):
 Deferred = list[WeightGradient] | None
 
 
-def differentiate_weight(
-    gy: Tensor, x: Tensor, weight: Tensor, deferred: Deferred, parameter: Tensor | None
-) -> Tensor | None:
-    """gy [..., O], x [..., I] -> gW in the shape of ``weight``; with a list in ``deferred`` it gets the product, to be
-    added to ``parameter``'s gradient later, and the result is None.
-    """
-
-    def compute() -> Tensor:
-        return (gy.flatten(0, -2).t() @ x.flatten(0, -2)).view(weight.shape)
-
+def compute_or_defer(compute: Callable[[], Tensor], deferred: Deferred, parameter: Tensor | None) -> Tensor | None:
+    """What ``compute`` returns; with a list in ``deferred``, None: the list gets what ``parameter`` is owed."""
     if deferred is None:
         return compute()
     assert parameter is not None
     deferred.append(WeightGradient(parameter, compute))
     return None
+
+
+def differentiate_weight(
+    gy: Tensor, x: Tensor, weight: Tensor, deferred: Deferred, parameter: Tensor | None
+) -> Tensor | None:
+    """gy [..., O], x [..., I] -> gW in the shape of ``weight``, now or later."""
+    return compute_or_defer(lambda: (gy.flatten(0, -2).t() @ x.flatten(0, -2)).view(weight.shape), deferred, parameter)
 
 
 class LinearFunction(torch.autograd.Function):

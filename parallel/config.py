@@ -62,6 +62,15 @@ class OverlapConfig:
             raise ValueError(f"parallel.overlap.pieces={self.pieces} must be at least 1")
 
 
+def check_multiprocessors(count: int, device: str) -> None:
+    """Raises ValueError where ``device``, a torch type or ``auto``, has none that ``OverlapConfig`` could leave."""
+    if count and device not in ("auto", "cuda"):
+        raise ValueError(
+            f"parallel.overlap.multiprocessors={count} must be 0 with run.device={device}: there are none to leave to "
+            "communication"
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How many ways each axis splits the work. ``dp`` defaults to what the other axes leave of the world."""

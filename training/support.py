@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from model.config import Recompute
-from parallel.config import EngineName, ParallelConfig, TensorOverlap
+from parallel.config import EngineName, ParallelConfig, TensorOverlap, check_multiprocessors
 from parallel.pipeline.schedules import check as check_schedule
 from training.config import TILES, Compile, Device, MomentDtype, OptimizerConfig, Precision, RunSection
 from training.ramp import count_microbatches, schedule_batches
@@ -65,8 +65,7 @@ def try_batches(run: RunSection, sequence_length: int, replicas: int, take: Call
 
 def check_overlap(parallel: ParallelConfig, device: Device) -> None:
     """Raises ValueError for overlap that ``device`` has nothing for. What else is missing shows where ranks start."""
-    if (count := parallel.overlap.multiprocessors) and device is Device.cpu:
-        raise ValueError(f"parallel.overlap.multiprocessors={count} must be 0 with run.device=cpu, which has none")
+    check_multiprocessors(parallel.overlap.multiprocessors, device)
     if parallel.tp > 1 and parallel.overlap.tensor is TensorOverlap.fused and device is Device.cpu:
         raise ValueError(
             "parallel.overlap.tensor=fused must be auto, joined or blocks with run.device=cpu: torch's fused operators "

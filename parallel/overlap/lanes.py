@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from parallel.config import check_multiprocessors
 from parallel.pending import Pending
 
 T = TypeVar("T")
@@ -90,11 +91,7 @@ def reserve(multiprocessors: int, device_type: str) -> None:
     torch's carve-out; of its products those in FP8 heed it, on Hopper. What communication takes is the groups' to say:
     ``parallel.mesh.Mesh``. Raises ValueError where the device has none.
     """
-    if multiprocessors and device_type != "cuda":
-        raise ValueError(
-            f"parallel.overlap.multiprocessors={multiprocessors} must be 0 with run.device={device_type}: there are "
-            "none to leave to communication"
-        )
+    check_multiprocessors(multiprocessors, device_type)
     torch._C._set_sm_carveout_experimental(multiprocessors or None)
 
 

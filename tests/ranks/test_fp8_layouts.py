@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from layouts import describe
+from proved import check
 from small_models import make_config
 from spawn import run_ranks
 
@@ -23,7 +24,6 @@ from parallel.wire import Rounded
 from training.config import OptimizerConfig
 from training.proof.case import Case
 from training.proof.prove import prove
-from training.proof.report import Report
 
 Layout = dict[str, int]
 
@@ -74,24 +74,15 @@ MANY = [
 MANY[3] = replace(MANY[3], steps=1)  # later ones start from weights that were rounded to float32
 
 
-def prove_on_rank(rank: int, world: int, case: Case) -> Report:
-    return prove(case, Mesh(case.topology, torch.device("cpu")))
-
-
-def check(case: Case) -> None:
-    for report in run_ranks(prove_on_rank, case.topology.world, case, timeout=120):
-        assert report.passed, report
-
-
 @pytest.mark.parametrize("case", FEW, ids=describe)
 def test_layout_equals_the_plain_model_in_fp8(case: Case) -> None:
-    check(case)
+    check(case, patience=120)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", MANY, ids=describe)
 def test_more_layouts_equal_the_plain_model_in_fp8(case: Case) -> None:
-    check(case)
+    check(case, patience=120)
 
 
 class Alone:

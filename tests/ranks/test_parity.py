@@ -5,31 +5,17 @@ import random
 from typing import Any
 
 import pytest
-import torch
 from layouts import CHOICES, PIPED, describe, draw_choice, draw_layouts, pairs, split
-from spawn import run_ranks
+from proved import check
 
 from model.config import Recompute
-from parallel.mesh import Mesh
 from training.proof.case import Case
-from training.proof.prove import prove
-from training.proof.report import Report
 
 FEW = draw_layouts(seed=7, count=24, ranks=range(2, 5), most_tp=2)
 MANY = draw_layouts(seed=1, count=60, ranks=range(2, 9), most_tp=8)
 FEW_PIPED = draw_layouts(seed=2, count=20, ranks=range(2, 5), most_tp=2, stages=range(2, 5))
 MANY_PIPED = draw_layouts(seed=3, count=60, ranks=range(2, 9), most_tp=4, stages=range(2, 5))
 FOLDED = draw_layouts(seed=4, count=8, ranks=range(1, 5), most_tp=2, stages=range(1, 2))  # all stages on one rank
-
-
-def prove_on_rank(rank: int, world: int, case: Case) -> Report:
-    return prove(case, Mesh(case.topology, torch.device("cpu")))
-
-
-def check(case: Case, patience: float = 60) -> None:
-    reports = run_ranks(prove_on_rank, case.topology.world, case, timeout=patience)
-    assert reports[0].passed, f"{describe(case)}\n{reports[0]}"
-    assert all(report == reports[0] for report in reports)
 
 
 @pytest.mark.parametrize("case", FEW + FEW_PIPED, ids=describe)

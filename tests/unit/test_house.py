@@ -75,6 +75,16 @@ def test_rooms_are_found() -> None:
     assert len(SHIPPED) > 20 and len(FILES) > len(SHIPPED)
 
 
+def test_modules_of_tests_differ_in_name() -> None:
+    """All folders of tests are on one path, and ranks import by name: of two that share one, either may come."""
+    folders: dict[str, list[Path]] = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name not in ("__init__.py", "conftest.py"):
+            folders.setdefault(path.stem, []).append(path)
+    same: dict[str, object] = {name: " and ".join(map(place, sorted(p))) for name, p in folders.items() if len(p) > 1}
+    assert not same, shown(same)
+
+
 def test_functions_are_short() -> None:
     every = {place(path, node, node.name): length(node) for path in FILES for node in functions(path)}
     assert not (long := {where: lines for where, lines in every.items() if lines > 80}), shown(long)

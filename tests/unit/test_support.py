@@ -54,6 +54,14 @@ def test_fully_shard_refuses_to_compute_its_units_again() -> None:
             check(EngineName.fsdp2, Precision.bf16, ADAM, recompute)
 
 
+@pytest.mark.parametrize("device", [Device.cpu, Device.xpu])
+def test_multiprocessors_are_left_on_gpus_of_one_kind(device: Device) -> None:
+    some = ParallelConfig(overlap=OverlapConfig(multiprocessors=8))
+    with pytest.raises(ValueError, match=rf"^parallel.overlap.multiprocessors=8 must be 0 with run.device={device}: "):
+        check_overlap(some, device)
+    check_overlap(some, Device.auto)
+
+
 def test_fused_operators_are_not_for_processors() -> None:
     fused = OverlapConfig(tensor=TensorOverlap.fused)
     with pytest.raises(ValueError, match=r"^parallel.overlap.tensor=fused must be auto, joined or blocks with run.dev"):
