@@ -73,7 +73,7 @@ def list_peers(inputs: Real) -> dict[str, Peer]:
     both, share = inputs.wide(cases.CHOSEN, 2 * cases.FFN), inputs.wide(cases.CHOSEN, dtype=torch.float32)
     copies, ends, quantise = inputs.copies(), inputs.ends(), torch.compile(REFERENCE.quantise)
     narrow, block = (inputs.quantised(*t.shape, scaling=s) for t, s in ((x, cases.LINE), (weight, cases.BLOCK)))
-    came = inputs.wide(cases.CAME, cases.WIDTH)
+    came, kept = inputs.wide(cases.CAME, cases.WIDTH), inputs.quantised(cases.CAME, cases.WIDTH)
     peers = {
         "quantise, lines": Peer("torch.compile", lambda: quantise(x, cases.LINE)),
         "quantise, columns": Peer("torch.compile", lambda: quantise(x.t(), cases.LINE)),
@@ -82,7 +82,7 @@ def list_peers(inputs: Real) -> dict[str, Peer]:
         "rows": Peer("BF16 grouped_mm", lambda: torch._grouped_mm(rows, experts.mT, offs=ends)),
         "weights": Peer("BF16 grouped_mm", lambda: torch._grouped_mm(g.t(), rows, offs=ends)),
         "activate": Peer("plain torch", lambda: REFERENCE.activate(both, share, cases.LINE)),
-        "copy": Peer("plain torch", lambda: REFERENCE.copy(inputs.quantised(*came.shape), copies)),
+        "copy": Peer("plain torch", lambda: REFERENCE.enter(kept, cases.LINE, copies)),
         "sum copies": Peer("embedding_bag", lambda: SUMS["cpu"].forward(rows, *copies[1:], share)),
         "weigh back": Peer("plain torch", lambda: SUMS["cpu"].backward(came, rows, share, copies)),
         "choose": Peer("topk, twice", lambda: CHOICES["cpu"](scores, 8, 2, 4, 8)),

@@ -19,7 +19,7 @@ from model.exchange import Copies, Layout, sum_copies
 from model.experts import Experts
 from model.fp8 import Quantised, Recipe, Scaling
 from model.fp8_linear import list_parts, quantise_once
-from model.fp8_ops import Operand, activate, copy, differentiate, enter, multiply_rows, multiply_weights, quantise
+from model.fp8_ops import Operand, activate, differentiate, enter, multiply_rows, multiply_weights, quantise
 from model.linear import Deferred, compute_or_defer
 
 
@@ -66,8 +66,8 @@ class ExpertsFunction(torch.autograd.Function):
             return multiply_weights(left, Operand(hidden, recipe.activations), ends, down.dtype)
 
         def compute_gate_up() -> Tensor:
-            read = copy(Quantised(tokens, scales, tile), copies)
-            right = Operand(read, recipe.activations.rounded())
+            rounded = recipe.activations.rounded()
+            right = Operand(enter(Quantised(tokens, scales, tile), rounded, copies)[1], rounded)
             made = [multiply_weights(Operand(part, recipe.gradients), right, ends, gate_up.dtype) for part in g_parts]
             return torch.cat(made, 1).view(gate_up.shape)
 
@@ -92,10 +92,7 @@ class FP8Experts(Experts):
 
 def bring(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
     """tokens [R, H] -> themselves, and their copies among the rows; quantised here unless that has been done."""
-    kept = quantise_once.find(tokens, scaling)
-    if kept is not None:
-        return kept, copy(kept, copies)
-    kept, rows = enter(tokens, scaling, copies)
+    kept, rows = enter(quantise_once.find(tokens, scaling) or tokens, scaling, copies)
     quantise_once.keep(tokens, scaling, kept)
     return kept, rows
 

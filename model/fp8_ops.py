@@ -4,8 +4,7 @@
     multiply         a [M, K], b [N, K]                   -> a b^T [M, N]
     multiply_rows    a [P, K], b [E, N, K], ends          -> y [P, N], each expert's run of rows by its own matrix
     multiply_weights g [P, O], x [P, I], ends             -> g^T x [E, O, I], a sum over each expert's run of rows
-    copy             tokens [R, H], copies                -> rows [P, H]; those that are nobody's are zero
-    enter            tokens [R, H], not yet quantised     -> tokens and rows, in FP8
+    enter            tokens [R, H], in FP8 or not yet     -> tokens and rows [P, H] in FP8; rows of nobody are zero
     activate         both [P, 2F], share [P]              -> both, and hidden = silu(gate) up share [P, F], in FP8
     differentiate    g [P, F], both in FP8, share         -> g of both [P, 2F], hidden [P, F], g of share [P]
 
@@ -42,8 +41,7 @@ class Operators(NamedTuple):
     multiply: Callable[[Quantised, Quantised, torch.dtype], Tensor]
     rows: Callable[[Quantised, Quantised, Tensor, torch.dtype], Tensor]
     weights: Callable[[Operand, Operand, Tensor, torch.dtype], Tensor]
-    copy: Callable[[Quantised, Copies], Quantised]
-    enter: Callable[[Tensor, Scaling, Copies], tuple[Quantised, Quantised]]
+    enter: Callable[[Tensor | Quantised, Scaling, Copies], tuple[Quantised, Quantised]]
     activate: Callable[[Tensor, Tensor, Scaling], tuple[Quantised, Quantised]]
     differentiate: Callable[[Tensor, Quantised, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -69,17 +67,12 @@ def _multiply_weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) 
     return out
 
 
-def _copy(tokens: Quantised, copies: Copies) -> Quantised:
-    values, scales, tile = tokens
-    source, slots, _ = copies
+def _enter(tokens: Tensor | Quantised, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
+    kept = fp8.quantise(tokens, scaling) if isinstance(tokens, Tensor) else tokens
+    (values, scales, tile), (source, slots, _) = kept, copies
     empty = torch.ones(len(source), 1, dtype=torch.bool, device=source.device).index_fill_(0, slots, False)
     rows = values.view(torch.uint8).index_select(0, source).masked_fill_(empty, 0).view(values.dtype)
-    return Quantised(rows, scales.index_select(0, source // tile[0]), (1, tile[1]))
-
-
-def _enter(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
-    kept = fp8.quantise(tokens, scaling)
-    return kept, _copy(kept, copies)
+    return kept, Quantised(rows, scales.index_select(0, source // tile[0]), (1, tile[1]))
 
 
 def _activate(both: Tensor, share: Tensor, scaling: Scaling) -> tuple[Quantised, Quantised]:
@@ -96,9 +89,7 @@ def _differentiate(g: Tensor, inner: Quantised, share: Tensor) -> tuple[Tensor, 
     return g_both, hidden * share[:, None], (g * hidden).sum(1)
 
 
-REFERENCE = Operators(
-    fp8.quantise, _multiply, _multiply_rows, _multiply_weights, _copy, _enter, _activate, _differentiate
-)
+REFERENCE = Operators(fp8.quantise, _multiply, _multiply_rows, _multiply_weights, _enter, _activate, _differentiate)
 OPERATORS = {
     "cpu": REFERENCE,
     "cuda": Operators(*(kernel(f"operators:{name}") for name in Operators._fields)),
@@ -165,37 +156,25 @@ def _(
     return g[0].new_empty(len(ends), g[0].shape[1], x[0].shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("shoestring::fp8_copy", mutates_args=())
-def _fp8_copy(
-    values: Tensor, scales: Tensor, tile: list[int], source: Tensor, slots: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    tokens = Quantised(values, scales, (tile[0], tile[1]))
-    return OPERATORS[values.device.type].copy(tokens, Copies(source, slots, starts))[:2]
-
-
-@_fp8_copy.register_fake
-def _(
-    values: Tensor, scales: Tensor, tile: list[int], source: Tensor, slots: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    return values.new_empty(len(source), values.shape[1]), scales.new_empty(len(source), scales.shape[1])
-
-
 @torch.library.custom_op("shoestring::fp8_enter", mutates_args=())
 def _fp8_enter(
-    tokens: Tensor, tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
+    given: list[Tensor], tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run, scaling = OPERATORS[tokens.device.type].enter, Scaling((tile[0], tile[1]), powers)
-    kept, rows = run(tokens, scaling, Copies(source, slots, starts))
-    return *kept[:2], *rows[:2]
+    # One operator whether tokens have been quantised or not: a segment that is computed again may find them otherwise.
+    scaling, (first, *scales) = Scaling((tile[0], tile[1]), powers), given
+    tokens = Quantised(first, scales[0], scaling.tile) if scales else first
+    kept, rows = OPERATORS[first.device.type].enter(tokens, scaling, Copies(source, slots, starts))
+    # What an operator was given it must not give back.
+    return *((each.new_empty(0) for each in kept[:2]) if scales else kept[:2]), *rows[:2]
 
 
 @_fp8_enter.register_fake
 def _(
-    tokens: Tensor, tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
+    given: list[Tensor], tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values, scales = _outline(tokens, tokens.shape, tile)
-    rows = len(source)
-    return values, scales, values.new_empty(rows, values.shape[1]), scales.new_empty(rows, scales.shape[1])
+    values, scales = _outline(given[0], given[0].shape, tile) if len(given) == 1 else given
+    rows = values.new_empty(len(source), values.shape[1]), scales.new_empty(len(source), scales.shape[1])
+    return *((values, scales) if len(given) == 1 else (each.new_empty(0) for each in given)), *rows
 
 
 @torch.library.custom_op("shoestring::fp8_activate", mutates_args=())
@@ -244,16 +223,12 @@ def multiply_weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) -
     return _fp8_weights(*rows, [*g.scaling.tile, *x.scaling.tile], [g.scaling.powers, x.scaling.powers], ends, dtype)
 
 
-def copy(tokens: Quantised, copies: Copies) -> Quantised:
-    """tokens [R, H] -> rows [P, H]."""
-    values, scales = _fp8_copy(*tokens[:2], list(tokens.tile), *copies)
-    return Quantised(values, scales, (1, tokens.tile[1]))
-
-
-def enter(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
+def enter(tokens: Tensor | Quantised, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
     """tokens [R, H] -> themselves and rows [P, H], quantised."""
-    values, scales, copied, copied_scales = _fp8_enter(tokens, list(scaling.tile), scaling.powers, *copies)
-    return Quantised(values, scales, scaling.tile), Quantised(copied, copied_scales, (1, scaling.tile[1]))
+    given = [tokens] if isinstance(tokens, Tensor) else list(tokens[:2])
+    values, scales, copied, copied_scales = _fp8_enter(given, list(scaling.tile), scaling.powers, *copies)
+    kept = Quantised(values, scales, scaling.tile) if isinstance(tokens, Tensor) else tokens
+    return kept, Quantised(copied, copied_scales, (1, scaling.tile[1]))
 
 
 def activate(both: Tensor, share: Tensor, scaling: Scaling) -> tuple[Quantised, Quantised]:

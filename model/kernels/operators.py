@@ -179,19 +179,12 @@ def weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:
     return product.multiply_weights(a, b, ends, dtype, choose_tile(find_chip(ends.device), share))
 
 
-def copy(tokens: Quantised, copies: Copies) -> Quantised:
-    """tokens [R, H] -> rows [P, H]."""
-    scaling = Scaling(tokens.tile)
-    if tokens.tile[0] > 1 or not takes(scaling, tokens):
-        return REFERENCE.copy(tokens, copies)
-    return copies_.enter(tokens, copies, (scaling, find_format(tokens.values.device)))[1]
-
-
-def enter(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
+def enter(tokens: Tensor | Quantised, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:
     """tokens [R, H] -> themselves and rows [P, H], quantised."""
     if scaling.tile[0] > 1 or not takes(scaling, tokens):
         return REFERENCE.enter(tokens, scaling, copies)
-    return copies_.enter(tokens.contiguous(), copies, (scaling, find_format(tokens.device)))
+    tokens = tokens.contiguous() if isinstance(tokens, Tensor) else tokens
+    return copies_.enter(tokens, copies, (scaling, find_format(copies.slots.device)))
 
 
 def activate(both: Tensor, share: Tensor, scaling: Scaling) -> tuple[Quantised, Quantised]:
