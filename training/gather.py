@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from parallel.build import Shards, Stages
 from parallel.exchange import find_exchanges
@@ -59,19 +58,21 @@ def find_tensors(models: Iterable[nn.Module]) -> dict[str, Tensor]:
 
 def is_cut(tensor: Tensor) -> bool:
     """Whether an engine has cut a parameter over its holders: torch's fully_shard, or DeepSpeed's ZeRO-3."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor")
+    return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_tensor")
 
 
 def complete(tensor: Tensor) -> Tensor:
     """A parameter as the layout has it, detached, whatever an engine has cut. Collective over its holders."""
+    if not is_cut(tensor):
+        return tensor.detach()
+    from torch.distributed.tensor import DTensor  # which takes as long to load as all of ours
+
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach()
-    if is_cut(tensor):
-        from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor.detach()
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
 
 
 def _collect(part: Tensor, shard: Shard | None, mesh: Mesh, first: int) -> Tensor:

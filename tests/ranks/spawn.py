@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PRELOAD = ["torch.distributed", "torch._dynamo", "model.build", "parallel.build", "training.proof.prove", "pytest"]
+PRELOAD = ["torch.distributed", "torch._dynamo", "training.fsdp2", "training.native", "training.proof.prove", "pytest"]
 GRACE = 1.0  # seconds that ranks have to write their stacks
 LAST = 20  # lines of a rank's output shown with a failure
 
