@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.core import Core, attend
 from model.linear import Deferred, Linear
+from model.product import matmul
 from model.rope import rotate, softmax_scale
 from model.sequence import Sequence, WholeSequence
 
@@ -126,7 +127,7 @@ class LatentAttention(nn.Module):
         q, key = self._rotate(q, key, context)
         latent, key = cache.extend(self.layer, latent, key)
         k, v = self._expand(self.kv_b(latent), key)
-        scores = q @ k.mT
+        scores = matmul(q, k.mT)
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(future.triu(1 + scores.shape[-1] - scores.shape[-2]), float("-inf"))
-        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.o(matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2))

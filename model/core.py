@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from model.product import add_product, matmul, matmul_into
+
 BLOCK = 128  # query rows: 64, 128 and 256 were timed on a CPU, docs/speed.md
 KEEP_LENGTH = 2048  # up to this length the probabilities are kept for the backward: S^2/2 elements a head
 
@@ -35,7 +37,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 def _probabilities(q: Tensor, k: Tensor, documents: Tensor | None, start: int, out: Tensor) -> None:
     """Softmax of the scores of the block from row ``start``, written to ``out`` [B * heads, rows, end]."""
     end = out.shape[2]
-    scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+    scores = matmul(q[:, start:end], k[:, :end].transpose(1, 2))
     # Adding -inf above the diagonal takes a third of the time of filling it in through a mask.
     scores[:, :, start:] += torch.full((end - start, end - start), float("-inf"), dtype=q.dtype, device=q.device).triu_(
         1
@@ -55,7 +57,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple
     kept = q.new_empty(_kept_size(len(q), length))
     for (start, end), p in zip(_blocks(length), _split(kept, q), strict=True):
         _probabilities(q, k, documents, start, out=p)
-        torch.bmm(p, v[:, :end], out=out[:, start:end])
+        matmul_into(out[:, start:end], p, v[:, :end])
     return out.view(shape), kept
 
 
@@ -90,11 +92,11 @@ def _backward(
     for (start, end), p in zip(_blocks(q.shape[1]), _split(kept, q), strict=True):
         if not len(kept):
             _probabilities(q, k, documents, start, out=p)
-        gp = torch.bmm(g[:, start:end], v[:, :end].transpose(1, 2))
+        gp = matmul(g[:, start:end], v[:, :end].transpose(1, 2))
         gs = torch._softmax_backward_data(gp, p, -1, p.dtype)
-        torch.bmm(gs, k[:, :end], out=gq[:, start:end])
-        gk[:, :end].baddbmm_(gs.transpose(1, 2), q[:, start:end])
-        gv[:, :end].baddbmm_(p.transpose(1, 2), g[:, start:end])
+        matmul_into(gq[:, start:end], gs, k[:, :end])
+        add_product(gk[:, :end], gs.transpose(1, 2), q[:, start:end])
+        add_product(gv[:, :end], p.transpose(1, 2), g[:, start:end])
     return gq.view(shapes[0]), gk.view(shapes[1]), gv.view(shapes[2])
 
 

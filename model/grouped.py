@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.linear import Deferred, compute_or_defer
+from model.product import matmul_into
 
 
 class RowsProduct(Protocol):
@@ -36,7 +37,7 @@ def _rows_loop(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     start = 0
     for weight, end in zip(w, ends.tolist(), strict=True):
         if end > start:
-            torch.mm(x[start:end], weight, out=y[start:end])
+            matmul_into(y[start:end], x[start:end], weight)
         start = end
     y[start:].zero_()
     return y
@@ -47,7 +48,7 @@ def _weights_loop(gy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     start = 0
     for gradient, end in zip(gw, ends.tolist(), strict=True):
         if end > start:
-            torch.mm(gy[start:end].t(), x[start:end], out=gradient)
+            matmul_into(gradient, gy[start:end].t(), x[start:end])
         else:
             gradient.zero_()
         start = end

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.product import matmul
+
 
 class WeightGradient(NamedTuple):
     """A weight gradient not computed yet: whoever runs ``compute`` adds what it returns to ``weight``'s gradient."""
@@ -38,7 +40,9 @@ def differentiate_weight(
     gy: Tensor, x: Tensor, weight: Tensor, deferred: Deferred, parameter: Tensor | None
 ) -> Tensor | None:
     """gy [..., O], x [..., I] -> gW in the shape of ``weight``, now or later."""
-    return compute_or_defer(lambda: (gy.flatten(0, -2).t() @ x.flatten(0, -2)).view(weight.shape), deferred, parameter)
+    return compute_or_defer(
+        lambda: matmul(gy.flatten(0, -2).t(), x.flatten(0, -2)).view(weight.shape), deferred, parameter
+    )
 
 
 class LinearFunction(torch.autograd.Function):
@@ -49,12 +53,12 @@ class LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         # The parameter itself: what recomputation hands back as saved is a detached alias of it.
         ctx.deferred, ctx.parameter = deferred, None if deferred is None else weight
-        return x @ weight.flatten(0, -2).t()
+        return matmul(x, weight.flatten(0, -2).t())
 
     @staticmethod
     def backward(ctx, gy: Tensor):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        gx = gy @ weight.flatten(0, -2) if ctx.needs_input_grad[0] else None
+        gx = matmul(gy, weight.flatten(0, -2)) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return gx, None, None
         return gx, differentiate_weight(gy, x, weight, ctx.deferred, ctx.parameter), None

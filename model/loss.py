@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from model.product import matmul
+
 CHUNK = 2**25  # logits held at once: 128 MiB in float32
 
 
@@ -40,11 +42,11 @@ def differentiate(hidden: Tensor, weight: Tensor, targets: Targets, normaliser: 
     g_weight = torch.zeros_like(weight, dtype=widen(weight.dtype))
     for start, end in split_chunks(len(hidden), len(weight)):
         labels, held, scale = (part[start:end, None] for part in targets)
-        p = ((hidden[start:end] @ weight.t()).to(normaliser.dtype) - normaliser[start:end, None]).exp()
+        p = (matmul(hidden[start:end], weight.t()).to(normaliser.dtype) - normaliser[start:end, None]).exp()
         p = p.scatter_add(-1, labels, -held.to(p.dtype))
         p = (p * scale).to(hidden.dtype)
-        g_hidden[start:end] = p @ weight
-        g_weight += p.t() @ hidden[start:end]
+        g_hidden[start:end] = matmul(p, weight)
+        g_weight += matmul(p.t(), hidden[start:end])
     return g_hidden, g_weight.to(weight.dtype)
 
 
@@ -57,7 +59,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         normaliser = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start, end in split_chunks(len(hidden), len(weight)):
-            logits = (hidden[start:end] @ weight.t()).to(wide)
+            logits = matmul(hidden[start:end], weight.t()).to(wide)
             normaliser[start:end] = logits.logsumexp(-1)
             losses = normaliser[start:end] - logits.gather(-1, labels[start:end, None])[:, 0]
             total += (losses * counted[start:end]).sum()

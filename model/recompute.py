@@ -26,6 +26,7 @@ DECISIONS = (torch.ops.shoestring.choose.default,)
 # Products, and of a weight that may be computed again its size [inner, outer] by their arguments.
 PRODUCTS: dict[Any, Callable[..., tuple[int, int]] | None] = {
     torch.ops.aten.mm.default: lambda a, b: tuple(b.shape),
+    torch.ops.shoestring.matmul_wide.default: lambda a, b: tuple(b.shape),
     torch.ops.shoestring.fp8_multiply.default: lambda operands, *_: tuple(operands[2].shape[::-1]),
     torch.ops.shoestring.grouped_rows.default: None,
     torch.ops.shoestring.fp8_rows.default: None,

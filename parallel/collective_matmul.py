@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.product import matmul_into
 from parallel.collectives import all_gather, sum_scatter
 
 Product = Callable[[Tensor, Tensor, Tensor], object]  # x [R, I], weight [I, O], result [R, O] to be filled
@@ -32,7 +33,7 @@ Tensors = Sequence[Tensor]
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """x [R, I], weight [I, O] -> ``out`` [R, O]."""
-    torch.mm(x, weight, out=out)
+    matmul_into(out, x, weight)
 
 
 def gather(shards: Tensors, group: dist.ProcessGroup) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.loss import Targets, differentiate, split_chunks, widen
+from model.product import matmul
 from model.sequence import Sequence
 from parallel.collectives import all_reduce
 
@@ -41,7 +42,7 @@ class VocabularyCrossEntropyFunction(torch.autograd.Function):
         normaliser = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start, end in split_chunks(len(hidden), len(weight)):
-            logits = (hidden[start:end] @ weight.t()).to(wide)
+            logits = matmul(hidden[start:end], weight.t()).to(wide)
             top = all_reduce(logits.amax(-1), part.group, dist.ReduceOp.MAX).wait()
             mine, local = part.find(labels[start:end], len(weight))
             label = logits.gather(-1, local[:, None])[:, 0] * mine

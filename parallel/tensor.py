@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from model.embedding import look_up
-from model.linear import Deferred, Linear, differentiate_weight
+from model.linear import Deferred, Linear, differentiate_weight, matmul
 from model.recompute import COMMUNICATION, Sizes, is_repeated
 from model.sequence import Sequence
 from parallel.collective_matmul import MATMULS, Operation, find_obstacle, gather, multiply, scatter
@@ -148,7 +148,7 @@ class GatherLinear(torch.autograd.Function):
             wholes, products = both[:count], both[count:]
         elif how == Operation.joined or torch.compiler.is_compiling():
             wholes = _gather(shards, group)
-            products = [whole @ matrix for whole, matrix in zip(wholes, matrices, strict=False)]
+            products = [matmul(whole, matrix) for whole, matrix in zip(wholes, matrices, strict=False)]
         else:
             length = shards[0].shape[1] * _find(group).size()
             products = [
