@@ -8,7 +8,7 @@
 are nobody's are zero: programs of their own see to that, for it would cost as much again to clear all. The gradient of
 entering is a sum of copies, without weights.
 
-The references are ``Permute`` and ``Unpermute`` there. Never run on a GPU; docs/fp8.md says what was checked instead.
+The references are ``Permute`` and ``Unpermute`` there. Never run on a GPU; docs/kernels.md says what was checked.
 """
 
 from typing import NamedTuple
@@ -47,6 +47,7 @@ class _Back(NamedTuple):
     weights: Tensor
     g_rows: Tensor
     g_weights: Tensor
+    filled: Tensor
 
 
 class _Copies(NamedTuple):
@@ -116,19 +117,28 @@ def _sum_copies(memory, copies, width, area: tl.constexpr, wide: tl.constexpr): 
 @triton.jit
 def _weigh_back(memory, copies, width, area: tl.constexpr, wide: tl.constexpr):  # type: ignore[no-untyped-def]
     token = tl.program_id(0)
-    line = memory.g + tl.cast(token, tl.int64) * width
-    start, end = _find(copies, token)
-    for copy in range(start, end):
-        row = tl.load(copies.slots + copy) * width
-        weight = tl.load(memory.weights + copy).to(wide)
-        total = tl.zeros((area.columns,), dtype=wide)
-        for first in range(0, width, area.columns):
-            columns = first + tl.arange(0, area.columns)
-            inside = columns < width
-            g = tl.load(line + columns, mask=inside, other=0.0).to(wide)
-            total += g * tl.load(memory.rows + row + columns, mask=inside, other=0.0).to(wide)
-            tl.store(memory.g_rows + row + columns, (g * weight).to(memory.g_rows.dtype.element_ty), mask=inside)
-        tl.store(memory.g_weights + copy, tl.sum(total, 0).to(memory.g_weights.dtype.element_ty))
+    kind: tl.constexpr = memory.g_rows.dtype.element_ty
+    if token < copies.tokens:
+        line = memory.g + tl.cast(token, tl.int64) * width
+        start, end = _find(copies, token)
+        for copy in range(start, end):
+            row = tl.load(copies.slots + copy) * width
+            weight = tl.load(memory.weights + copy).to(wide)
+            total = tl.zeros((area.columns,), dtype=wide)
+            for first in range(0, width, area.columns):
+                columns = first + tl.arange(0, area.columns)
+                inside = columns < width
+                g = tl.load(line + columns, mask=inside, other=0.0).to(wide)
+                total += g * tl.load(memory.rows + row + columns, mask=inside, other=0.0).to(wide)
+                tl.store(memory.g_rows + row + columns, (g * weight).to(kind), mask=inside)
+            tl.store(memory.g_weights + copy, tl.sum(total, 0).to(memory.g_weights.dtype.element_ty))
+    else:
+        row = tl.cast(token, tl.int64) - copies.tokens
+        if not tl.load(memory.filled + row):
+            for first in range(0, width, area.columns):
+                columns = first + tl.arange(0, area.columns)
+                nothing = tl.zeros((area.columns,), dtype=kind)
+                tl.store(memory.g_rows + row * width + columns, nothing, mask=columns < width)
 
 
 def enter(tokens: Tensor | Quantised, copies: Copies, how: tuple[Scaling, Format]) -> tuple[Quantised, Quantised]:
@@ -140,8 +150,7 @@ def enter(tokens: Tensor | Quantised, copies: Copies, how: tuple[Scaling, Format
     made = _empty(len(source), width, c, (form, given.device))
     kept = tokens if isinstance(tokens, Quantised) else _empty(held, width, c, (form, given.device))
     if made.values.numel():
-        filled = torch.zeros(len(source), dtype=torch.bool, device=given.device).index_fill_(0, slots, True)
-        memory = _There(None if kept is tokens else given, *kept[:2], *made[:2], filled)
+        memory = _There(None if kept is tokens else given, *kept[:2], *made[:2], _fill(copies))
         shared = Shared(1, c, scaling.powers, form.maximum)
         grid = held + len(source), triton.cdiv(width, LINE.columns)
         number = _Copies(slots, starts, len(slots), held)
@@ -169,11 +178,17 @@ def weigh_back(g: Tensor, rows: Tensor, weights: Tensor, copies: Copies) -> tupl
     """g [T, H] of the sum of ``rows`` [P, H] by ``weights`` [C] -> that of rows, and that of weights."""
     (tokens, width), (_, slots, starts) = g.shape, copies
     assert g.is_contiguous() and rows.is_contiguous()
-    g_rows, g_weights = torch.zeros_like(rows), torch.empty_like(weights)  # rows that are nobody's get none
-    if tokens:
-        memory, number = _Back(g, rows, weights, g_rows, g_weights), _Copies(slots, starts, len(slots), tokens)
-        _weigh_back[(tokens,)](memory, number, width, LINE, _wide(rows), num_warps=LINE.warps, enable_fp_fusion=True)
+    g_rows, g_weights = torch.empty_like(rows), torch.empty_like(weights)
+    if rows.numel():
+        memory = _Back(g, rows, weights, g_rows, g_weights, _fill(copies))
+        grid, number = (tokens + len(rows),), _Copies(slots, starts, len(slots), tokens)
+        _weigh_back[grid](memory, number, width, LINE, _wide(rows), num_warps=LINE.warps, enable_fp_fusion=True)
     return g_rows, g_weights
+
+
+def _fill(copies: Copies) -> Tensor:
+    """Whether each row is somebody's."""
+    return torch.zeros_like(copies.source, dtype=torch.bool).index_fill_(0, copies.slots, True)
 
 
 def _wide(rows: Tensor) -> tl.dtype:

@@ -5,7 +5,7 @@
 
 A chip is named as Triton names its targets: ``cuda:90`` is H100, ``cuda:100`` B200, ``hip:gfx942`` MI300X. What no
 kernel takes (tiles above 128, blocks of activations, float64) runs as on a CPU, in plain torch.
-Never run on a GPU; docs/fp8.md says what was checked instead.
+Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,7 @@ are quantised with K side by side. c is 128, or 32 for microscaling: the promoti
 (section 3.3.2), for units that sum in 14 bits, comes with the scales. How the output is cut into tiles changes no
 order of sums: configurations may be chosen by speed alone.
 
-Loads are plain ones, which all chips have. Never run on a GPU; docs/fp8.md says what was checked instead.
+Loads are plain ones, which all chips have. Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 
 from typing import NamedTuple

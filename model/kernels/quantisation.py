@@ -7,7 +7,7 @@ A program takes whole tiles. In ``_quantise_runs`` each run begins with a tile o
 ceil(rows / depth) of them, and S has room for any division of P rows into E runs; what is left over is never read.
 There x may itself be quantised by tiles of columns: its values are widened on the way in.
 
-The reference is ``model.fp8.quantise``, to the bit. Never run on a GPU; docs/fp8.md says what was checked instead.
+The reference is ``model.fp8.quantise``, to the bit. Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 
 from typing import NamedTuple

@@ -4,7 +4,7 @@
 
 A program takes some tokens whole, in registers, and takes the largest away k times. Of equal scores the first is
 taken, as torch's topk does not promise; NaN counts as the largest, as there. The reference is ``model.router.choose``.
-Never run on a GPU; docs/fp8.md says what was checked instead.
+Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 
 from typing import NamedTuple

@@ -8,7 +8,7 @@ Shares are the gates of choices (model/fp8_experts.py), zero for rows that are n
 Each reads and writes every tensor once: ``2 P F`` values in, ``3 P F`` bytes out, where separate operations would move
 hidden, its product and their halves through memory several times.
 
-The reference is ``REFERENCE`` in model/fp8_ops.py. Never run on a GPU; docs/fp8.md says what was checked instead.
+The reference is ``REFERENCE`` in model/fp8_ops.py. Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 
 from typing import NamedTuple

@@ -7,7 +7,7 @@
 
 Magnitudes are compared as integers: the bits of floats without their sign are ordered as the floats are, and infinities
 and NaN come after them all, so that nothing which is not finite is passed over (a device's maximum drops NaN).
-Never run on a GPU; docs/fp8.md says what was checked instead.
+Never run on a GPU; docs/kernels.md says what was checked instead.
 """
 
 from typing import NamedTuple
