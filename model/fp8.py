@@ -36,6 +36,8 @@ FORMATS = {
     "cuda": Format(torch.float8_e4m3fn, 448.0),
     "gfx942": Format(torch.float8_e4m3fnuz, 240.0),
 }
+LEAST = 2.0**-126  # the least scale: a normal number of float32
+Tile = tuple[int, int]
 
 
 def find_format(device: torch.device) -> Format:
@@ -43,10 +45,6 @@ def find_format(device: torch.device) -> Format:
     if device.type == "cuda" and torch.version.hip and "gfx942" in torch.cuda.get_device_properties(device).gcnArchName:
         return FORMATS["gfx942"]
     return FORMATS[device.type]
-
-
-LEAST = 2.0**-126  # the least scale: a normal number of float32
-Tile = tuple[int, int]
 
 
 class Scaling(NamedTuple):
