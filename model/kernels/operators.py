@@ -115,7 +115,8 @@ NATIVE = {
     ("cuda:90", LINE, LINE): Native(_fits_cublas, _multiply_lines, "the same"),
     ("cuda:100", MICRO, MICRO): Native(_fits_micro, _multiply_micro, "the units scale by themselves, at full speed"),
 }
-# What torch 2.13 has for experts in FP8 (``scaled_grouped_mm``) knows neither lines nor blocks of 128: those are ours.
+# What torch 2.13 has for experts in FP8 (``scaled_grouped_mm``) knows neither lines nor blocks of 128, and microscaling
+# with scales that are padded and turned expert by expert, where the host would have to know how long runs are.
 
 
 @cache
