@@ -211,7 +211,7 @@ def _sum_copies(rows: Tensor, slots: Tensor, starts: Tensor, weights: Tensor | N
 
 @_sum_copies.register_fake
 def _(rows: Tensor, slots: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:
-    return rows.new_empty(len(starts), rows.shape[1])
+    return rows.new_empty(starts.shape[0], rows.shape[1])  # not len: a size that varies would be taken for a constant
 
 
 @torch.library.custom_op("shoestring::weigh_back", mutates_args=())

@@ -99,7 +99,7 @@ def bring(tokens: Tensor, scaling: Scaling, copies: Copies) -> tuple[Quantised, 
 
 def spread(gates: Tensor, copies: Copies, dtype: torch.dtype) -> Tensor:
     """gates [C] -> [P], zero where a row is nobody's."""
-    return gates.new_zeros(len(copies.source), dtype=dtype).index_copy_(0, copies.slots, gates.to(dtype))
+    return gates.new_zeros(copies.source.shape[0], dtype=dtype).index_copy_(0, copies.slots, gates.to(dtype))
 
 
 def split(gate_up: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:

@@ -173,7 +173,8 @@ def _(
     given: list[Tensor], tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values, scales = _outline(given[0], given[0].shape, tile) if len(given) == 1 else given
-    rows = values.new_empty(len(source), values.shape[1]), scales.new_empty(len(source), scales.shape[1])
+    length = source.shape[0]
+    rows = values.new_empty(length, values.shape[1]), scales.new_empty(length, scales.shape[1])
     return *((values, scales) if len(given) == 1 else (each.new_empty(0) for each in given)), *rows
 
 
@@ -198,7 +199,7 @@ def _fp8_differentiate(
 
 @_fp8_differentiate.register_fake
 def _(g: Tensor, values: Tensor, scales: Tensor, share: Tensor, tile: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return scales.new_empty(values.shape), scales.new_empty(g.shape), scales.new_empty(len(g))
+    return scales.new_empty(values.shape), scales.new_empty(g.shape), scales.new_empty(g.shape[0])
 
 
 def quantise(x: Tensor, scaling: Scaling) -> Quantised:

@@ -53,7 +53,7 @@ def choose_experts(scores: Tensor, groups: int, best: int, top_groups: int, top_
 
 @choose_experts.register_fake
 def _(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int) -> Tensor:
-    return scores.new_empty(len(scores), top_k, dtype=torch.int64)
+    return scores.new_empty(scores.shape[0], top_k, dtype=torch.int64)
 
 
 def choose(scores: Tensor, moe: MoEConfig) -> Tensor:

@@ -229,26 +229,26 @@ def check_router(tokens: int, moe: dict[str, Any]) -> None:
         assert all(len(set(line.tolist())) == config.top_k for line in found)
 
 
-def check_modules(recipe: str, tokens: int, dtype: str) -> None:
+def check_modules(recipe: str, tokens: int, dtype: str, width: int = 256) -> None:
     """Linear and experts, forward and backward, through kernels as through the reference."""
     if DEVICE == "cpu":
         pretend()
     rounded = {"fp8": DEEPSEEK_V3, "mxfp8": MXFP8}[recipe]
     kind = getattr(torch, dtype)
-    plain, fused = Experts(4, 256, 128).to(DEVICE, kind), Linear(256, 2, 128).to(DEVICE, kind)
+    plain, fused = Experts(4, width, 128).to(DEVICE, kind), Linear(width, 2, 128).to(DEVICE, kind)
     with torch.no_grad():
         for seed, parameter in enumerate((*plain.parameters(), *fused.parameters())):
             parameter.copy_(0.1 * normal(*parameter.shape, seed=seed))
     experts, linear = FP8Experts(plain, rounded), FP8Linear(fused, rounded)
     layout = route(tokens, 4, 2)
-    x = normal(tokens, 256, seed=9, dtype=kind).requires_grad_()
+    x = normal(tokens, width, seed=9, dtype=kind).requires_grad_()
     gates = uniform(len(layout.copies.slots), seed=10).requires_grad_()
     inputs = [x, gates, *experts.parameters(), linear.weight]
 
     def run() -> list[Tensor]:
         out, beside = experts(x, gates, layout), linear(x)
-        g = normal(*out.shape, seed=11, dtype=kind)
-        return [out, beside, *torch.autograd.grad([out, beside], inputs, [g, g])]
+        g = [normal(*each.shape, seed=11, dtype=kind) for each in (out, beside)]
+        return [out, beside, *torch.autograd.grad([out, beside], inputs, g)]
 
     with run_as("cpu"):
         expected = run()

@@ -80,17 +80,19 @@ def test_the_routers_choice(interpreter: Interpreter, moe: dict[str, object]) ->
         interpreter.run("fp8_checks:check_router", tokens, moe)
 
 
-MODULES = [("mxfp8", 5, "bfloat16"), ("fp8", 21, "float32"), ("fp8", 21, "bfloat16")]
+MODULES = [("mxfp8", 3, "bfloat16", 128), ("fp8", 21, "float32", 256), ("fp8", 21, "bfloat16", 256)]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tokens", "dtype"), [MODULES[0], *(pytest.param(*case, marks=full) for case in MODULES[1:])], ids=str
+    ("recipe", "tokens", "dtype", "width"),
+    [MODULES[0], *(pytest.param(*case, marks=full) for case in MODULES[1:])],
+    ids=str,
 )
 def test_modules_run_on_kernels_as_on_the_reference(
-    interpreter: Interpreter, recipe: str, tokens: int, dtype: str
+    interpreter: Interpreter, recipe: str, tokens: int, dtype: str, width: int
 ) -> None:
     """Linear and experts, forward and both gradients, through the table that a GPU reads."""
-    interpreter.run("fp8_checks:check_modules", recipe, tokens, dtype)
+    interpreter.run("fp8_checks:check_modules", recipe, tokens, dtype, width)
 
 
 @full
