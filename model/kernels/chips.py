@@ -46,32 +46,26 @@ class Chip(NamedTuple):
         return min(by_registers, by_shared, most // warps) * warps / most
 
 
+_HOPPER = Chip(
+    "H100",
+    GPUTarget("cuda", 90, 32),
+    {Unit.fp8: r"wgmma\.mma_async\S*e4m3\.e4m3", Unit.bf16: r"wgmma\.mma_async\S*bf16\.bf16"},
+    shared=232448,
+    shared_of_all=233472,
+    shared_lost=1024,
+    registers=512,
+    granule=8,
+    schedulers=4,
+    warps=16,
+    rates={Unit.fp8: 1979e12, Unit.bf16: 989e12, Unit.fp32: 67e12},
+    bandwidth=3.35e12,
+)
 CHIPS = {
-    "cuda:90": Chip(
-        "H100",
-        GPUTarget("cuda", 90, 32),
-        {Unit.fp8: r"wgmma\.mma_async\S*e4m3\.e4m3", Unit.bf16: r"wgmma\.mma_async\S*bf16\.bf16"},
-        shared=232448,
-        shared_of_all=233472,
-        shared_lost=1024,
-        registers=512,
-        granule=8,
-        schedulers=4,
-        warps=16,
-        rates={Unit.fp8: 1979e12, Unit.bf16: 989e12, Unit.fp32: 67e12},
-        bandwidth=3.35e12,
-    ),
-    "cuda:100": Chip(
-        "B200",
-        GPUTarget("cuda", 100, 32),
-        {Unit.fp8: r"tcgen05\.mma\S*f8f6f4", Unit.bf16: r"tcgen05\.mma\S*kind::f16"},
-        shared=232448,
-        shared_of_all=233472,
-        shared_lost=1024,
-        registers=512,
-        granule=8,
-        schedulers=4,
-        warps=16,
+    "cuda:90": _HOPPER,
+    "cuda:100": _HOPPER._replace(  # the same limits of a multiprocessor
+        name="B200",
+        target=GPUTarget("cuda", 100, 32),
+        instruction={Unit.fp8: r"tcgen05\.mma\S*f8f6f4", Unit.bf16: r"tcgen05\.mma\S*kind::f16"},
         rates={Unit.fp8: 4500e12, Unit.bf16: 2250e12, Unit.fp32: 80e12},
         bandwidth=8.0e12,
     ),
