@@ -94,7 +94,7 @@ def train(places: Places, name: str, seed: int, steps: int) -> None:
         {"run": name, "seed": seed, "steps": len(losses), "processor": name_processor(), "words": " ".join(words[:3])}
     ]
     for row in metrics.read(run / "metrics.jsonl", "eval"):
-        lately = losses[max(0, row["step"] - EVERY) : row["step"]]
+        lately = losses[max(0, row["step"] + 1 - EVERY) : row["step"] + 1]  # steps count from 0
         rows.append({"step": row["step"], "held_out": row["loss"], "trained": sum(lately) / len(lately)})
     part = record.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -28,7 +28,7 @@ from model.grouped import PRODUCTS as GROUPED
 
 
 class Operand(NamedTuple):
-    """Rows [P, C], and how to quantise their columns [C, P]; what is in FP8 already has tiles of ``scaling``."""
+    """Rows [P, C], and how to quantise their columns [C, P]; what is in FP8 already has lines as long as its tiles."""
 
     rows: Tensor | Quantised
     scaling: Scaling
@@ -143,7 +143,7 @@ def _fp8_weights(
 ) -> Tensor:
     scalings = Scaling((tiles[0], tiles[1]), powers[0]), Scaling((tiles[2], tiles[3]), powers[1])
     left, right = (
-        Operand(rows[0] if len(rows) == 1 else Quantised(rows[0], rows[1], scaling.tile), scaling)
+        Operand(rows[0] if len(rows) == 1 else Quantised(rows[0], rows[1], (1, scaling.tile[1])), scaling)
         for rows, scaling in zip((g, x), scalings, strict=True)
     )
     return OPERATORS[ends.device.type].weights(left, right, ends, dtype)

@@ -247,6 +247,22 @@ def test_a_block_quantises_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(seen) == 5
 
 
+def test_experts_take_gradients_by_blocks() -> None:
+    """The recipe that was published as a failure has to run to fail."""
+    recipe = DEEPSEEK_V3._replace(gradients=Scaling((128, 128)))
+    plain, layout = make_experts(torch.float32), route(200)
+    x = random(200, HIDDEN, dtype=torch.float32).requires_grad_()
+    gates = torch.ones(len(layout.copies.slots), requires_grad=True)
+    inputs = [x, gates, *plain.parameters()]
+    experts = FP8Experts(plain, recipe)
+    for ours, theirs in zip(
+        differentiate(lambda: experts(x, gates, layout), inputs),
+        differentiate(lambda: plain(x, gates, layout), inputs),
+        strict=True,
+    ):
+        assert 0.01 < float((ours - theirs).norm() / theirs.norm()) < 0.12
+
+
 def test_what_is_swapped_and_what_stays() -> None:
     config = make_config(mtp=1)
     plain, model = (outline(config, torch.bfloat16, recipe=recipe) for recipe in (None, DEEPSEEK_V3))
