@@ -122,7 +122,7 @@ class Outcome(NamedTuple):
 def read(path: Path) -> Outcome:
     """Of a record."""
     head, *rows = (json.loads(line) for line in path.read_text().splitlines())
-    last = [row["held_out"] for row in rows if row["step"] > head["steps"] * 4 // 5]
+    last = [row["held_out"] for row in rows if row["step"] >= head["steps"] * 4 // 5]
     return Outcome(sum(last) / len(last) if last else math.nan, head["steps"], [row["held_out"] for row in rows])
 
 
