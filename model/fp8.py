@@ -114,10 +114,9 @@ def widen(values: Tensor) -> Tensor:
     """E4M3 -> 2^-8 times the same in half precision, which has these bits and room for more. A CPU's own conversion
     takes eight times as long.
     """
-    bits = values.view(torch.int8).to(torch.int16)  # the sign fills the upper half
-    magnitude = bits & 0x7F
-    nan = (magnitude + 1 & 0x80) << 7  # of 0x7F alone; sets the exponent to what means NaN
-    return (bits & -0x8000 | magnitude << 7 | nan).view(torch.float16)
+    bits = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)  # the sign fills bits 14 and 15
+    nan = (bits & 0x3F80).add_(0x80).bitwise_and_(0x4000)  # of 0x7F alone; completes the exponent of what means NaN
+    return bits.bitwise_and_(-0x4001).bitwise_or_(nan).view(torch.float16)
 
 
 def _spread(scales: Tensor) -> Tensor:
