@@ -8,6 +8,8 @@ runs/<id>/config.yaml     the configuration, resolved
          schedule.svg     of a pipeline, what each rank does when; schedule.txt its lists (training writes them)
          logs/rank0/ ...  what each rank printed, if there were several
          weights/         the final save (training writes it)
+         checkpoints/     what the run can go on from (training writes it; docs/checkpoint-format.md)
+         before/1/ ...    the first five and the logs as they were before the run was resumed
 """
 
 import json
@@ -23,6 +25,9 @@ from configs.schema import RunConfig
 from launcher.invocation import Invocation
 from launcher.keys import nearest
 from launcher.versions import versions
+from training.config import Resume
+
+DESCRIBING = ("config.yaml", "command.txt", "versions.json", "proof.json", "logs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,11 @@ class RunFolder:
 def create(config: RunConfig, invocation: Invocation, proof: dict[str, Any] | None = None) -> Path:
     """Makes the folder of a new run and writes down what it is. ``ValueError`` if ``run.id`` is taken.
 
+    With ``checkpoint.resume=auto`` a run that is there goes on, and what it was is kept beside what it is now.
     ``proof`` is what launcher/gate.py says of it; None where a run needs none.
     """
     path = _claim(config)
+    _keep_before(path)
     (path / "config.yaml").write_text(invocation.yaml)
     (path / "command.txt").write_text(shlex.join(invocation.command) + "\n")
     (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
@@ -84,6 +91,16 @@ def load_config(folder: Path) -> RunConfig:
     return load(folder / "config.yaml")
 
 
+def _keep_before(path: Path) -> None:
+    """Sets aside what described a run that goes on."""
+    old = [path / name for name in DESCRIBING if (path / name).exists()]
+    if old:
+        before = next(place for number in count(1) if not (place := path / "before" / str(number)).exists())
+        before.mkdir(parents=True)
+        for each in old:
+            each.rename(before / each.name)
+
+
 def _claim(config: RunConfig) -> Path:
     """Makes the folder itself; that is atomic, so two runs that start in the same second get two folders."""
     root, given = Path(config.run.folder), config.run.id
@@ -94,9 +111,12 @@ def _claim(config: RunConfig) -> Path:
         try:
             path.mkdir()
         except FileExistsError:
+            if given and config.checkpoint.resume is Resume.auto:
+                return path
             if given:
                 raise ValueError(
-                    f"run.id={given} is taken: {path} exists; choose another id or move that folder"
+                    f"run.id={given} is taken: {path} exists; choose another id, move that folder, or go on with that "
+                    "run by checkpoint.resume=auto"
                 ) from None
             continue
         return path

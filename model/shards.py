@@ -12,7 +12,7 @@ Shapes: those of the tensors.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ SINGLE = "model.safetensors"  # what a small model's only file is called, withou
 SHARD = 5 * 10**9  # bytes a file
 PART = 2**25  # bytes of a tensor that is read from end to end and not kept
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}  # what is written
+CODES = {dtype: code for code, dtype in DTYPES.items()}  # and what is written, but not read as a weight:
+CODES |= {torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64", torch.uint8: "U8"}
 
 Index = tuple[int | slice, ...]  # what stands between the brackets of tensor[...]
 
@@ -79,7 +80,7 @@ class Shards:
         """SHA-256 of the bytes of a tensor."""
         digest = sha256()
         for part in self.parts(name):
-            digest.update(_view_bytes(self.read(name, part)))
+            digest.update(view_bytes(self.read(name, part)))
         return digest.hexdigest()
 
 
@@ -137,6 +138,24 @@ def write_shards(folder: Path, tensors: Mapping[str, Pending], shard: int = SHAR
     os.replace(partial, folder / INDEX)
 
 
+def write_head(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """What a file begins with that holds tensors of these names, dtypes and shapes, in this order, without gaps."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def view_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values. Through bytes, because numpy has no bfloat16."""
+    flat: memoryview = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
+    return flat
+
+
 def _list(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, framework="pt") as opened:
@@ -144,12 +163,6 @@ def _list(file: Path) -> dict[str, Entry]:
             return {name: Entry(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _view_bytes(tensor: Tensor) -> memoryview:
-    # Through bytes, because numpy has no bfloat16.
-    flat: memoryview = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
-    return flat
 
 
 def _group(tensors: Mapping[str, Pending], shard: int) -> list[list[str]]:
@@ -166,20 +179,11 @@ def _group(tensors: Mapping[str, Pending], shard: int) -> list[list[str]]:
 
 
 def _write(path: Path, tensors: Mapping[str, Pending]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        offsets = [offset, offset + tensor.size]
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        offset += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(write_head((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
         for name, pending in tensors.items():
             made = pending.make()
             assert made.shape == pending.shape and made.dtype == pending.dtype, name
-            file.write(_view_bytes(made))
+            file.write(view_bytes(made))
         file.flush()
         os.fsync(file.fileno())

@@ -55,6 +55,13 @@ class Device(StrEnum):
     xpu = "xpu"
 
 
+class Resume(StrEnum):
+    """What to do where ``run.id`` names a run that is there."""
+
+    never = "never"
+    auto = "auto"
+
+
 class Sink(StrEnum):
     """Where metrics go besides metrics.jsonl."""
 
@@ -149,6 +156,20 @@ class CheckpointConfig:
     """What is kept of a run."""
 
     save: bool = True  # write the weights at the end
+    every: int = 0  # steps between checkpoints, from which a run can go on; 0: by the clock alone
+    minutes: float | None = 10.0  # between checkpoints by the clock; null: by steps alone
+    keep: int = 2  # the newest so many
+    keep_every: int = 0  # and for good those of every so many steps; 0: none
+    resume: Resume = Resume.never  # auto: a run.id that is taken goes on from its newest good checkpoint
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"checkpoint.{name}={getattr(self, name)} must not be negative")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"checkpoint.minutes={self.minutes} must be positive, or null")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,7 +29,8 @@ class Outcome:
     """What the steps led to."""
 
     ending: Ending
-    last: StepRow | None  # the last step taken
+    steps: int  # taken, those before the run was resumed included
+    last: StepRow | None  # the last step taken since then
     held_out: float  # the last evaluation, nats a token; NaN before the first
 
 
@@ -53,7 +54,7 @@ def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder:
     text = write_sample(setup, folder) if complete and setup.config.run.sample.tokens else ""
     summary = Summary(
         ending=outcome.ending,
-        steps=outcome.last.step + 1 if outcome.last else 0,
+        steps=outcome.steps,
         loss=outcome.last.loss if outcome.last else math.nan,
         held_out=outcome.held_out,
         bigram=measure_bigram(setup) if complete else math.nan,

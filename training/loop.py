@@ -1,8 +1,10 @@
 """A training run from its configuration to its summary: the file to read first.
 
     set_up       text -> token files; the model; the engine, which takes its parameters over       training/setup.py
+    go_on        where the run has been before: the state of its newest good checkpoint          training/checkpoint/
     run_steps    one step after the other, each a row of the record                training/steps.py, training/step.py
                  now and then, and after the last one: the loss on held-out text                  training/evaluate.py
+                 now and then, and at the end: a checkpoint, in the background         training/checkpoint/keeper.py
     save         the weights                                                                      training/save.py
     finish       a bigram model's loss, a sample of text, where everything is                     training/finish.py
 
@@ -16,14 +18,14 @@ from pathlib import Path
 
 from configs.schema import TrainConfig
 from parallel.mesh import Mesh
-from training.finish import Summary, finish
-from training.interrupt import Interrupt
+from training.checkpoint.resume import go_on
+from training.finish import Ending, Summary, finish
 from training.machine import join_mesh
 from training.picture import describe_schedule, draw_schedule, simulate_step
 from training.setup import set_up
 from training.sinks import open_record
 from training.steps import run_steps
-from training.view import Gauge, open_view
+from training.watchers import watch
 from training.whole import save_weights
 
 
@@ -44,19 +46,21 @@ def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) 
     """``train`` on a mesh that is there already. Collective over its ranks."""
     first = mesh.rank == 0
     with open_record(config.run.sinks, folder, kept=first) as record:
-        setup = set_up(config, print if first else _say_nothing, mesh)
+        report = print if first else _say_nothing
+        setup, progress = go_on(set_up(config, report, mesh), folder, record, report)
         if first:
             timeline = simulate_step(config, mesh)
             record.write("start", **setup.facts(), **describe_schedule(timeline, config))
             draw_schedule(timeline, folder)
-        gauge = Gauge(config, setup.schedule, setup.machine, price)
-        with open_view(gauge) as view, Interrupt(view.note) as interrupt:
-            outcome = run_steps(setup, record, view, lambda: interrupt.asked, folder)
+        with watch(setup, progress, folder, record, price) as watchers:
+            outcome = run_steps(setup, progress, watchers)
+            ending, note = outcome.ending, watchers.view.note
+            watchers.keeper.close(progress, ending is not Ending.diverged, ending is Ending.interrupted)
             setup.engine.settle()  # nobody leaves while others wait for weights
             if config.checkpoint.save:
                 save_weights(setup, folder / "weights")
-                view.note(f"weights saved in {folder / 'weights'}")
-        return finish(setup, record, outcome, gauge, folder)
+                note(f"weights saved in {folder / 'weights'}")
+        return finish(setup, record, outcome, watchers.gauge, folder)
 
 
 def _say_nothing(line: str) -> None:

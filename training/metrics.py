@@ -3,6 +3,8 @@
     metrics.jsonl    {"kind": "start", ...}                            once
                      {"kind": "step", "step": 0, "loss": 5.6, ...}     every step: the fields of ``StepRow``
                      {"kind": "eval", "step": 100, "loss": 2.1, ...}   every evaluation
+                     {"kind": "checkpoint", "step": 100, ...}          every checkpoint: bytes, how long steps waited
+                     {"kind": "resume", "step": 100, ...}              where a run went on from one
                      {"kind": "end", ...}                              once
 
 Losses are nats a token. A number that is not finite is null, which JSON can say. Each line goes to the operating system
@@ -11,10 +13,13 @@ as soon as it is complete, so a crash of the process loses none.
 
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
+
+STEPPED = ("step", "eval")  # rows of what is done at a step, which a run that is resumed may do again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +62,7 @@ class Record:
     """``metrics.jsonl`` in a run's folder, and its sinks. A context manager."""
 
     def __init__(self, path: Path, writers: Iterable[Writer] = ()) -> None:
+        self._path = path
         self._file = path.open("a", buffering=1, encoding="utf-8")
         self._writers = tuple(writers)
 
@@ -68,6 +74,20 @@ class Record:
         for writer in self._writers:
             writer.close()
 
+    def rewind(self, step: int) -> None:
+        """Forgets ``step`` and all later ones, and the end: they come anew. A line that was cut off goes too."""
+        self._file.close()
+        if self._path.is_file():
+            partial = self._path.with_name(f"{self._path.name}.partial")
+            partial.write_text("".join(_keep(self._path, step)), encoding="utf-8")
+            partial.replace(self._path)
+        self._file = self._path.open("a", buffering=1, encoding="utf-8")
+
+    def sync(self) -> None:
+        """What was written is on disk."""
+        if self._path.is_file():
+            os.fsync(self._file.fileno())
+
     def write_step(self, row: StepRow) -> None:
         """Adds a step."""
         self.write("step", **asdict(row))
@@ -78,6 +98,15 @@ class Record:
         self._file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
         for writer in self._writers:
             writer.write(row)
+
+
+def _keep(path: Path, step: int) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return
+        row = json.loads(line)
+        if row["kind"] != "end" and (row["kind"] not in STEPPED or row["step"] < step):
+            yield line
 
 
 def read(path: Path, kind: str) -> list[dict[str, Any]]:

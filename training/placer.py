@@ -25,8 +25,9 @@ class Placer:
     def __init__(self, stages: Stages, shards: Shards, engine: Engine, mesh: Mesh, every: int) -> None:
         """Moves every ``every`` steps, 0: never. All ranks move alike, for all have seen the same loads."""
         self._stages, self._shards, self._engine, self._mesh = stages, shards, engine, mesh
-        self._every, self._steps = every if mesh.degree(Axis.ep) > 1 else 0, 0
-        self._load: Tensor | None = None
+        self._every = every if mesh.degree(Axis.ep) > 1 else 0
+        self.steps = 0  # taken
+        self.load: Tensor | None = None  # [L, E], of the steps since the last move
 
     def take(self, load: Tensor) -> int:
         """``load`` [L, E] of a step that is done, over the whole global batch -> how many experts changed ranks.
@@ -35,12 +36,12 @@ class Placer:
         """
         if not self._every:
             return 0
-        self._load = load.clone() if self._load is None else self._load + load
-        self._steps += 1
-        if self._steps % self._every:
+        self.load = load.clone() if self.load is None else self.load + load
+        self.steps += 1
+        if self.steps % self._every:
             return 0
-        orders, moved = self._plan(self._load)
-        self._load = None
+        orders, moved = self._plan(self.load)
+        self.load = None
         everywhere = int(sum_over(torch.tensor(moved, device=self._mesh.device), self._mesh))
         if everywhere:
             move_experts(self._stages, self._shards, self._engine, orders, self._mesh)

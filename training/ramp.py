@@ -58,6 +58,18 @@ class BatchSchedule:
             plan.append((at + replica * count, count))
         return plan
 
+    def resume(self, step: int, sequences: int) -> "BatchSchedule":
+        """The same ramp for a run that has seen so many ``sequences`` when it takes ``step``, however it came there."""
+        if self.before(step) == sequences:
+            return self
+        now = bisect_right(self.levels, sequences, key=lambda level: level.before) - 1
+        levels = [Level(step, sequences, self.levels[now].batch)]
+        for later in self.levels[now + 1 :]:
+            first, before, size = levels[-1]
+            steps = -(-(later.before - before) // size)
+            levels.append(Level(first + steps, before + steps * size, later.batch))
+        return BatchSchedule(tuple(levels))
+
     def _level(self, step: int) -> Level:
         return self.levels[bisect_right(self.levels, step, key=lambda level: level.step) - 1]
 

@@ -25,14 +25,16 @@ WINDOW = 20  # steps whose speed the forecast is made from
 class Gauge:
     """Turns a step's row into words. One for a run: it remembers when it began, and the last steps' speed."""
 
-    def __init__(self, config: TrainConfig, schedule: BatchSchedule, machine: Machine, price: float) -> None:
-        """``price`` is that of all devices used, an hour."""
+    def __init__(
+        self, config: TrainConfig, schedule: BatchSchedule, machine: Machine, price: float, earlier: float = 0.0
+    ) -> None:
+        """``price`` is that of all devices used, an hour; ``earlier`` the seconds before the run was resumed."""
         self.steps, self.price = config.run.steps, price
         self._flops = flops_per_token(config.model, config.data.sequence_length)
         peak = find_peak(machine.device)
         self._peak = peak and peak * machine.ranks
         self._schedule = schedule
-        self._started = monotonic()
+        self._started = monotonic() - earlier
         self._pace: deque[float] = deque(maxlen=WINDOW)  # seconds a sequence
 
     def elapsed(self) -> float:

@@ -1,5 +1,6 @@
 """The whole model's weights on one rank: gathered and saved at the end of a run, and loaded into a plain model."""
 
+import shutil
 from pathlib import Path
 
 from model.build import allocate, outline
@@ -12,7 +13,7 @@ from training.weights import count_parameters, is_whole
 
 
 def save_weights(setup: Setup, folder: Path) -> None:
-    """The weights of the whole model in the dtype it computes in, in ``folder``, which must not exist.
+    """The weights of the whole model in the dtype it computes in, in ``folder``; a run that was resumed replaces them.
 
     Rank 0 writes; collective over all ranks.
     """
@@ -20,6 +21,7 @@ def save_weights(setup: Setup, folder: Path) -> None:
     plain = outline(setup.config.model, NUMERICS[setup.config.precision].dtype)
     tensors = gather_whole(setup.stages, setup.shards, setup.runner.pipeline, plain, setup.mesh)
     if setup.mesh.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
         write(tensors, folder)
     else:
         for _ in tensors:

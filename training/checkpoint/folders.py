@@ -1,0 +1,64 @@
+"""A run's checkpoints on disk: which there are, which are whole, which go.
+
+    checkpoints/00000100/manifest.json       a checkpoint: there since its manifest was renamed into place
+    checkpoints/00000200/00003.safetensors   one that is being written, or whose writing was cut off: never loaded
+    checkpoints/00000150.damaged/            one that could not be loaded: set aside, never loaded
+
+Numbers count the steps taken.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from training.checkpoint.manifest import MANIFEST
+
+FOLDER = "checkpoints"  # in a run's
+
+
+def locate(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after so many steps."""
+    return root / f"{step:08}"
+
+
+def find(root: Path) -> list[int]:
+    """The steps of all checkpoints that are there, ascending."""
+    return sorted(step for step, path in _list(root) if (path / MANIFEST).exists())
+
+
+def sweep(root: Path) -> list[Path]:
+    """Removes what was never committed; returns what that was."""
+    started = [path for _, path in _list(root) if not (path / MANIFEST).exists()]
+    for path in started:
+        shutil.rmtree(path)
+    return started
+
+
+def set_aside(path: Path) -> Path:
+    """Takes a damaged checkpoint out of the way of those that load, and of the one that will be written there."""
+    for number in range(1, 1000):
+        aside = path.with_name(f"{path.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        if not aside.exists():
+            return path.rename(aside)
+    raise AssertionError(path)
+
+
+def prune(root: Path, last: int, every: int = 0) -> list[int]:
+    """Removes all checkpoints but the ``last`` ones and those of every so many steps. Returns the steps removed."""
+    steps = find(root)
+    gone = [step for step in steps[: len(steps) - last] if not every or step % every]
+    for step in gone:
+        remove(locate(root, step))
+    return gone
+
+
+def remove(folder: Path) -> None:
+    """The manifest first: what is left of a removal that was cut off is swept."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _list(root: Path) -> Iterable[tuple[int, Path]]:
+    paths = root.iterdir() if root.is_dir() else ()
+    return [(int(path.name), path) for path in paths if re.fullmatch(r"\d{8,}", path.name, re.ASCII)]

@@ -1,0 +1,42 @@
+"""What a rank does in the background: its file, and its part of the manifest; on rank 0 then all parts as one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.checkpoint.files import name_file, replace_text, sync_folder, write_file
+from training.checkpoint.manifest import MANIFEST, Manifest, Stored, join, parse, write
+from training.chunk import Chunk
+
+
+def write_part(folder: Path, rank: int, chunks: Sequence[Chunk], facts: Mapping[str, Any]) -> int:
+    """Writes what ``rank`` has of a checkpoint, which lies in host memory. The bytes of its values.
+
+    Raises OSError, naming the file and the tensor, where there is no room.
+    """
+    tensors: dict[str, Stored] = {}
+    for name, shape, dtype, piece in write_file(folder / name_file(rank), chunks):
+        known = tensors.get(name)
+        tensors[name] = Stored(shape, dtype, (*(known.pieces if known else ()), piece))
+    part = Manifest(tensors, facts)
+    replace_text(_locate(folder, rank), write(part))
+    return part.count_bytes()
+
+
+def commit(folder: Path, ranks: int) -> int:
+    """Makes one manifest of the parts of all ranks: from now on there is a checkpoint. The bytes of its values.
+
+    Raises OSError.
+    """
+    parts = [_locate(folder, rank) for rank in range(ranks)]
+    manifest = join(parse(path.read_text(encoding="utf-8"), str(path)) for path in parts)
+    manifest.check(str(folder))
+    replace_text(folder / MANIFEST, write(manifest))
+    sync_folder(folder.parent)
+    for path in parts:
+        path.unlink()
+    return manifest.count_bytes()
+
+
+def _locate(folder: Path, rank: int) -> Path:
+    return folder / f"{rank:05}.json"

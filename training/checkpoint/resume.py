@@ -1,0 +1,71 @@
+"""Finds the checkpoint that a run goes on from: the newest that is whole, on every rank."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from training.agree import sum_over, tell, wait_for_all
+from training.checkpoint import folders
+from training.checkpoint.manifest import DamagedError
+from training.checkpoint.state import Progress, accept, read
+from training.metrics import Record
+from training.setup import Setup
+
+
+def go_on(setup: Setup, folder: Path, record: Record, note: Callable[[str], None]) -> tuple[Setup, Progress]:
+    """``setup`` and how far it has come, as the newest good checkpoint in ``folder`` has it. Collective.
+
+    Where there is none, both are as they began; the record forgets what was done after it. Raises as ``resume``.
+    """
+    found = resume(setup, folder, note)
+    progress, tokens = found or (Progress(), 0)
+    record.rewind(progress.step)
+    if found:
+        note(f"goes on after step {progress.step} and {tokens:,} tokens")
+        record.write("resume", step=progress.step, tokens=tokens)
+    sequences = -(-tokens // setup.config.data.sequence_length)
+    return replace(setup, schedule=setup.schedule.resume(progress.step, sequences)), progress
+
+
+def resume(setup: Setup, folder: Path, note: Callable[[str], None]) -> tuple[Progress, int] | None:
+    """Puts the state of the newest good checkpoint in ``folder``, the run's, into ``setup``. Collective.
+
+    Returns how far the run has come, in steps and in tokens; None if there is no checkpoint at all. One that is damaged
+    is set aside, with a word about what is wrong with it, and the one before it is tried. Raises ValueError where there
+    were some and none is good, for then going on would be to begin again, and for a checkpoint of another model.
+    """
+    from training.checkpoint.plan import read_manifest
+
+    root, first = folder / folders.FOLDER, setup.mesh.rank == 0
+    if first:
+        for path in folders.sweep(root):
+            note(f"{path} was never completed: removed")
+    wait_for_all(setup.mesh)
+    refused: list[str] = []
+    while (step := _newest(setup, root)) is not None:
+        place, error = folders.locate(root, step), ""
+        try:
+            manifest = read_manifest(place)
+            read(setup, place, manifest)
+        except DamagedError as damage:
+            error = f"rank {setup.mesh.rank}: {damage}"
+        if not (reasons := tell(setup.mesh, error)):
+            return accept(setup, manifest), int(manifest.run["tokens"])
+        refused += reasons
+        aside = folders.set_aside(place) if first else place
+        wait_for_all(setup.mesh)
+        note(f"the checkpoint after step {step} cannot be loaded and is now {aside}: {'; '.join(reasons)}")
+    if refused:
+        raise ValueError(
+            f"{root} has no checkpoint that can be loaded: {'; '.join(refused)}; begin anew with another run.id"
+        )
+    return None
+
+
+def _newest(setup: Setup, root: Path) -> int | None:
+    """The step of the newest checkpoint, as rank 0 sees it."""
+    steps = folders.find(root) if setup.mesh.rank == 0 else []
+    found = int(sum_over(torch.tensor(steps[-1] + 1 if steps else 0, device=setup.mesh.device), setup.mesh))
+    return found - 1 if found else None
