@@ -35,6 +35,7 @@ VERBS = {
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
     "export": "launcher.export",
+    "checkpoint": "launcher.checkpoint",
     "kernels": "launcher.kernels",
     "completion": "launcher.completion",
 }

@@ -8,7 +8,7 @@ its name, @ and its offset. Values are written as they lie in memory, hashed on 
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.shards import view_bytes, write_head
-from training.checkpoint.manifest import BLOCK, DamagedError, Piece, Stored
+from training.checkpoint.manifest import BLOCK, DamagedError, Manifest, Piece, Stored
 from training.chunk import Chunk
 
 
@@ -35,28 +35,28 @@ def name_file(rank: int) -> str:
 
 
 def write_file(path: Path, chunks: Sequence[Chunk]) -> list[Written]:
-    """Writes ``chunks``, which lie in host memory, and returns when they are on disk. Raises OSError naming ``path``
-    and the tensor."""
+    """Writes ``chunks``, which lie in host memory, and returns when they are on disk.
+
+    Raises OSError, naming the file and the tensor that was being written.
+    """
     ordered = sorted(chunks, key=lambda chunk: -chunk.tensor.element_size())  # every value at a multiple of its size
     head = write_head((_name_key(chunk), chunk.tensor.dtype, chunk.tensor.shape) for chunk in ordered)
-    written, at = [], len(head)
-    with path.open("wb") as file:
-        file.write(head)
-        for chunk in ordered:
-            content = view_bytes(chunk.tensor)
-            digests = []
-            for start in range(0, len(content), BLOCK):
-                block = content[start : start + BLOCK]
-                digests.append(hashlib.sha256(block).hexdigest())
-                try:
-                    file.write(block)
-                except OSError as error:
-                    raise OSError(error.errno, f"{error.strerror}, while writing {chunk.name}", str(path)) from error
-            piece = Piece(tuple(chunk.offset), tuple(chunk.tensor.shape), path.name, at, tuple(digests))
-            written.append(Written(chunk.name, tuple(chunk.global_shape), name_dtype(chunk.tensor.dtype), piece))
-            at += len(content)
-        file.flush()
-        os.fsync(file.fileno())
+    written: list[Written] = []
+    try:
+        with path.open("wb") as file:
+            at = file.write(head)
+            for chunk in ordered:
+                content = view_bytes(chunk.tensor)
+                blocks = [content[start : start + BLOCK] for start in range(0, len(content), BLOCK)]
+                digests = tuple(hashlib.sha256(block).hexdigest() for block in blocks)
+                piece = Piece(tuple(chunk.offset), tuple(chunk.tensor.shape), path.name, at, digests)
+                written.append(Written(chunk.name, tuple(chunk.global_shape), name_dtype(chunk.tensor.dtype), piece))
+                at += file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        last = written[-1].name if written else "its header"
+        raise OSError(error.errno, f"{error.strerror}, while writing {last}", str(path)) from error
     return written
 
 
@@ -86,6 +86,16 @@ def read_rows(folder: Path, name: str, stored: Stored, piece: Piece, rows: range
     shape = (len(rows), *piece.shape[1:]) if piece.shape else ()
     dtype: torch.dtype = getattr(torch, stored.dtype)
     return torch.frombuffer(values, dtype=dtype).view(shape) if len(values) else torch.empty(shape, dtype=dtype)
+
+
+def verify(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Reads every byte of a checkpoint, a piece at a time; yields what is wrong with it."""
+    for name, stored in manifest.tensors.items():
+        for piece in stored.pieces:
+            try:
+                read_rows(folder, name, stored, piece, range(piece.shape[0] if piece.shape else 1))
+            except DamagedError as damage:
+                yield str(damage)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.checkpoint.manifest import MANIFEST
+from training.checkpoint.manifest import MANIFEST, DamagedError, Manifest, parse
 
 FOLDER = "checkpoints"  # in a run's
 
@@ -25,6 +25,18 @@ def locate(root: Path, step: int) -> Path:
 def find(root: Path) -> list[int]:
     """The steps of all checkpoints that are there, ascending."""
     return sorted(step for step, path in _list(root) if (path / MANIFEST).exists())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Of a checkpoint that is there. Raises DamagedError where it is not, or is none."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    manifest = parse(text, str(path))
+    manifest.check(str(path))
+    return manifest
 
 
 def sweep(root: Path) -> list[Path]:
@@ -47,7 +59,7 @@ def set_aside(path: Path) -> Path:
 def prune(root: Path, last: int, every: int = 0) -> list[int]:
     """Removes all checkpoints but the ``last`` ones and those of every so many steps. Returns the steps removed."""
     steps = find(root)
-    gone = [step for step in steps[: len(steps) - last] if not every or step % every]
+    gone = [step for step in steps[:-last] if not every or step % every]
     for step in gone:
         remove(locate(root, step))
     return gone

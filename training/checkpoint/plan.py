@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.futures import Future
 
 from training.checkpoint.files import read_rows
-from training.checkpoint.manifest import MANIFEST, DamagedError, Manifest, Piece, Stored, parse
+from training.checkpoint.folders import read_manifest
+from training.checkpoint.manifest import MANIFEST, DamagedError, Manifest, Piece, Stored
 from training.chunk import Chunk
 
 
@@ -40,18 +41,6 @@ def load(folder: Path, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
     reader, planner = Reader(folder, manifest), Chunks(chunks)
     planner.set_up_planner({}, reader.read_metadata())
     reader.read_data(planner.create_local_plan(), planner).wait()
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Of a checkpoint that is there. Raises DamagedError where it is not, or is none."""
-    path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    manifest = parse(text, str(path))
-    manifest.check(str(path))
-    return manifest
 
 
 class Chunks(LoadPlanner):
@@ -79,9 +68,8 @@ class Chunks(LoadPlanner):
             stored = self._stored[name]
             assert isinstance(stored, TensorStorageMetadata)
             if tuple(stored.size) != tuple(chunks[0].global_shape):
-                raise ValueError(
-                    f"{name} is {list(stored.size)} in the checkpoint, {list(chunks[0].global_shape)} here"
-                )
+                here = list(chunks[0].global_shape)
+                raise ValueError(f"{name} is {list(stored.size)} in the checkpoint, {here} in the model")
             found = create_read_items_for_chunk_list(
                 name,
                 stored,

@@ -36,8 +36,6 @@ def resume(setup: Setup, folder: Path, note: Callable[[str], None]) -> tuple[Pro
     is set aside, with a word about what is wrong with it, and the one before it is tried. Raises ValueError where there
     were some and none is good, for then going on would be to begin again, and for a checkpoint of another model.
     """
-    from training.checkpoint.plan import read_manifest
-
     root, first = folder / folders.FOLDER, setup.mesh.rank == 0
     if first:
         for path in folders.sweep(root):
@@ -47,7 +45,7 @@ def resume(setup: Setup, folder: Path, note: Callable[[str], None]) -> tuple[Pro
     while (step := _newest(setup, root)) is not None:
         place, error = folders.locate(root, step), ""
         try:
-            manifest = read_manifest(place)
+            manifest = folders.read_manifest(place)
             read(setup, place, manifest)
         except DamagedError as damage:
             error = f"rank {setup.mesh.rank}: {damage}"
