@@ -56,7 +56,7 @@ def _list(config: Config, root: Path) -> int:
             continue
         size = manifest.count_bytes() / 1e6
         print(f"{step:>10}{manifest.run['tokens']:>18,}{size:>12,.1f}  {_describe_layout(manifest)}")
-    for path in sorted(root.glob("*.damaged*")):
+    for path in folders.find_damaged(root):
         print(f"{path.name}: set aside, for it could not be loaded")
     return 0
 

@@ -56,6 +56,11 @@ def set_aside(path: Path) -> Path:
     raise AssertionError(path)
 
 
+def find_damaged(root: Path) -> list[Path]:
+    """The checkpoints that were set aside."""
+    return sorted(root.glob("*.damaged*"))
+
+
 def prune(root: Path, last: int, every: int = 0) -> list[int]:
     """Removes all checkpoints but the ``last`` ones and those of every so many steps. Returns the steps removed."""
     steps = find(root)

@@ -41,7 +41,6 @@ def resume(setup: Setup, folder: Path, note: Callable[[str], None]) -> tuple[Pro
         for path in folders.sweep(root):
             note(f"{path} was never completed: removed")
     wait_for_all(setup.mesh)
-    refused: list[str] = []
     while (step := _newest(setup, root)) is not None:
         place, error = folders.locate(root, step), ""
         try:
@@ -51,15 +50,21 @@ def resume(setup: Setup, folder: Path, note: Callable[[str], None]) -> tuple[Pro
             error = f"rank {setup.mesh.rank}: {damage}"
         if not (reasons := tell(setup.mesh, error)):
             return accept(setup, manifest), int(manifest.run["tokens"])
-        refused += reasons
         aside = folders.set_aside(place) if first else place
         wait_for_all(setup.mesh)
         note(f"the checkpoint after step {step} cannot be loaded and is now {aside}: {'; '.join(reasons)}")
-    if refused:
-        raise ValueError(
-            f"{root} has no checkpoint that can be loaded: {'; '.join(refused)}; begin anew with another run.id"
-        )
+    if refused := tell(setup.mesh, _refuse(root) if first else ""):
+        raise ValueError(refused[0])
     return None
+
+
+def _refuse(root: Path) -> str:
+    """Why a run whose checkpoints were all set aside does not begin again; "" if it has none."""
+    aside = ", ".join(path.name for path in folders.find_damaged(root))
+    return aside and (
+        f"{root} has no checkpoint that can be loaded, but {aside}: see what is wrong with it above; begin anew with "
+        "another run.id, or in this one by removing that folder"
+    )
 
 
 def _newest(setup: Setup, root: Path) -> int | None:
