@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from small_runs import make_run, write_text
 from training import steps
 from training.checkpoint import folders
 from training.checkpoint.manifest import MANIFEST
+from training.checkpoint.plan import load
+from training.chunk import Chunk
 from training.config import Precision
 from training.finish import Ending
 from training.interrupt import Interrupt
@@ -220,3 +224,35 @@ def test_the_record_counts_nothing_twice(text: Path, whole: Path, tmp_path: Path
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("step") == 6 and kinds.count("eval") == 2 and kinds.count("end") == 1
     assert torch.get_num_threads() == 1
+
+
+def test_the_page_reads_what_a_run_writes(whole: Path) -> None:
+    """The reader of docs/checkpoint-format.md, which knows nothing of ours, against torch; and its table of facts."""
+    page = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(code, space)  # noqa: S102
+    folder = whole / "checkpoints" / "00000004"
+    manifest = folders.read_manifest(folder)
+    for name, stored in manifest.tensors.items():
+        found = torch.zeros(stored.shape, dtype=getattr(torch, stored.dtype))
+        load(folder, manifest, [Chunk(name, stored.shape, (0,) * len(stored.shape), found)])
+        assert torch.equal(torch.from_numpy(space["read"](folder, name)), found), name
+    assert not [key for key in manifest.run if f"`{key}`" not in page]
+    kinds = {name.partition("/")[0] for name in manifest.tensors}
+    assert kinds == {"master", "m", "v", "buffer", "rng"} and all(f"`{kind}/<" in page for kind in kinds)
+
+
+def test_skipped_steps_are_counted_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are allowed to follow each other: the third ends the run, though it is the first since the run went on."""
+
+    def spoil(setup: Any, step: int, stop: Any) -> Any:
+        row = run_step(setup, step, stop)
+        assert row is not None
+        return replace(row, skipped=step >= 1)
+
+    monkeypatch.setattr(steps, "run_step", spoil)
+    optimizer = {"skip_limit": 2}
+    assert train(make(text, steps=3, every=1, optimizer=optimizer), tmp_path).ending is Ending.finished
+    summary = train(make(text, every=1, optimizer=optimizer), tmp_path)
+    assert summary.ending is Ending.diverged and summary.steps == 4
