@@ -9,12 +9,13 @@ runs/<id>/config.yaml     the configuration, resolved
          logs/rank0/ ...  what each rank printed, if there were several
          weights/         the final save (training writes it)
          checkpoints/     what the run can go on from (training writes it; docs/checkpoint-format.md)
-         before/1/ ...    the first five and the logs as they were before the run was resumed
+         before/1/ ...    the first four and the logs as they were before the run went on
 """
 
 import json
 import shlex
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
@@ -59,7 +60,7 @@ def create(config: RunConfig, invocation: Invocation, proof: dict[str, Any] | No
     ``proof`` is what launcher/gate.py says of it; None where a run needs none.
     """
     path = _claim(config)
-    _keep_before(path)
+    set_aside(path)
     (path / "config.yaml").write_text(invocation.yaml)
     (path / "command.txt").write_text(shlex.join(invocation.command) + "\n")
     (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
@@ -91,9 +92,9 @@ def load_config(folder: Path) -> RunConfig:
     return load(folder / "config.yaml")
 
 
-def _keep_before(path: Path) -> None:
-    """Sets aside what described a run that goes on."""
-    old = [path / name for name in DESCRIBING if (path / name).exists()]
+def set_aside(path: Path, names: Iterable[str] = DESCRIBING) -> None:
+    """Moves what described a run, or its logs alone, to ``before/``: the run goes on."""
+    old = [path / name for name in names if (path / name).exists()]
     if old:
         before = next(place for number in count(1) if not (place := path / "before" / str(number)).exists())
         before.mkdir(parents=True)

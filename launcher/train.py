@@ -37,7 +37,10 @@ def run(config: RunConfig, invocation: Invocation) -> int:
         if topology.world > 1:
             from launcher import agent
 
-            return agent.start(path, topology.world) or CODES[folder.RunFolder(path).ending or "diverged"]
+            return (
+                agent.start(path, topology.world, config.run.restarts)
+                or CODES[folder.RunFolder(path).ending or "diverged"]
+            )
         from training.loop import train
 
         return CODES[train(config, path, config.cluster.price_per_device_hour).ending]

@@ -255,12 +255,13 @@ class RunSection:
     eval_tokens: int = 65536  # held-out tokens an evaluation reads
     sample: SamplingConfig = field(default_factory=SamplingConfig)  # the text at the end of the run
     sinks: tuple[Sink, ...] = ()
+    restarts: int = 3  # of ranks that died, from the same checkpoint; without one there is none
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be positive")
-        for name in ("eval_every", "eval_tokens", "seed"):
+        for name in ("eval_every", "eval_tokens", "seed", "restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"run.{name}={getattr(self, name)} must not be negative")
         for name in ("name", "id"):

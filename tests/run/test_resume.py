@@ -47,7 +47,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def kill(process: "subprocess.Popen[str]", run: Path, at: int) -> None:
-    """SIGKILL, to a rank where there are several, as soon as a step is recorded."""
+    """SIGKILL, to rank 1 where there are several, as soon as a step is recorded."""
     deadline = time.monotonic() + 90
     while not any(row["step"] >= at for row in rows(run)):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -57,7 +57,6 @@ def kill(process: "subprocess.Popen[str]", run: Path, at: int) -> None:
         if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             ranks.append(int(pid))
     os.kill(ranks[0] if ranks else process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
 
 
 @pytest.mark.timeout(240)
@@ -69,7 +68,10 @@ def test_a_killed_run_goes_on(folder: Path, ranks: str) -> None:
     assert len([row for row in whole if row["kind"] == "step"]) == 32
     run = folder / "runs" / f"{name}-killed"
     for at in (9, 20) if layout else (9,):
-        kill(start(folder, *layout, f"run.id={run.name}", "checkpoint.resume=auto"), run, at)
+        process = start(folder, *layout, f"run.id={run.name}", "checkpoint.resume=auto", "run.restarts=0")
+        kill(process, run, at)
+        said = process.communicate(timeout=60)[0]
+        assert not layout or "the ranks have died once: run.restarts=0" in said
         assert max(row["step"] for row in rows(run)) < 31
     said = finish(folder, *layout, f"run.id={run.name}", "checkpoint.resume=auto")
     assert "goes on after step" in said and "finished after 32 of 32 steps" in said
@@ -81,6 +83,23 @@ def test_a_killed_run_goes_on(folder: Path, ranks: str) -> None:
     show = [sys.executable, "-m", "launcher.checkpoint", "verify", str(run)]
     done = subprocess.run(show, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.count("all as written") == 2, done
+
+
+@pytest.mark.timeout(240)
+def test_ranks_that_die_are_started_again(folder: Path) -> None:
+    """Twice, and the run ends as if nothing had been."""
+    layout = RANKS["two ranks"]
+    finish(folder, *layout, "run.id=undisturbed")
+    run = folder / "runs" / "disturbed"
+    process = start(folder, *layout, "run.id=disturbed")
+    for at in (9, 20):
+        kill(process, run, at)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, said
+    assert said.count("shoestring: rank 1 was ended by SIGKILL") == 2
+    assert said.count("starting again from the checkpoint after step") == 2 and "finished after 32 of 32" in said
+    assert rows(run) == rows(folder / "runs" / "undisturbed")
+    assert sorted(path.name for path in (run / "before").iterdir()) == ["1", "2"]
 
 
 def test_a_run_that_is_there_is_not_overwritten(folder: Path) -> None:
