@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from launcher import folder, report
 from launcher.logs import RankLogs
-from training.checkpoint import folders
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -29,25 +28,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 PATIENCE = 3600  # seconds that ranks have to save after Ctrl-C; a second one ends them at once
 
 
-def start(run: Path, world: int, restarts: int = 0) -> int:
-    """``start_once``, and again where ranks died and there is a checkpoint to go on from.
-
-    Not more than ``restarts`` times from the same one: what happens again and again needs somebody to look at it.
-    """
-    newest, again = -1, 0
-    while (code := start_once(run, world)) == 1 and (steps := folders.find(run / folders.FOLDER)):
-        again = again + 1 if steps[-1] == newest else 1
-        newest = steps[-1]
-        if again > restarts:
-            said = f"from the checkpoint after step {newest} {again} times" if restarts else "once"
-            print(f"shoestring: the ranks have died {said}: run.restarts={restarts}", file=sys.stderr)
-            break
-        print(f"shoestring: starting again from the checkpoint after step {newest} ({again} of {restarts})", flush=True)
-        folder.set_aside(run, ["logs"])
-    return code
-
-
-def start_once(run: Path, world: int) -> int:
+def start(run: Path, world: int) -> int:
     """Trains on ``world`` ranks with the configuration kept in ``run``; returns when the last one has ended.
 
     The exit code: 0 if the run came to its end, whichever; 1 if ranks died, after a report; 128 + a signal but Ctrl-C.

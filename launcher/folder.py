@@ -15,7 +15,6 @@ runs/<id>/config.yaml     the configuration, resolved
 import json
 import shlex
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
@@ -26,7 +25,6 @@ from configs.schema import RunConfig
 from launcher.invocation import Invocation
 from launcher.keys import nearest
 from launcher.versions import versions
-from training.config import Resume
 
 DESCRIBING = ("config.yaml", "command.txt", "versions.json", "proof.json", "logs")
 
@@ -92,7 +90,7 @@ def load_config(folder: Path) -> RunConfig:
     return load(folder / "config.yaml")
 
 
-def set_aside(path: Path, names: Iterable[str] = DESCRIBING) -> None:
+def set_aside(path: Path, names: tuple[str, ...] = DESCRIBING) -> None:
     """Moves what described a run, or its logs alone, to ``before/``: the run goes on."""
     old = [path / name for name in names if (path / name).exists()]
     if old:
@@ -112,7 +110,7 @@ def _claim(config: RunConfig) -> Path:
         try:
             path.mkdir()
         except FileExistsError:
-            if given and config.checkpoint.resume is Resume.auto:
+            if given and config.checkpoint.resume == "auto":
                 return path
             if given:
                 raise ValueError(

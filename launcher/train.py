@@ -1,7 +1,7 @@
 """``shoestring train``: a run from its configuration to its summary.
 
 one process                 parallel.* asks for no more than one rank: trained here
-its own ranks               it asks for more: launcher/gate.py asks for a proof, launcher/agent.py starts them here
+its own ranks               it asks for more: launcher/gate.py asks for a proof, launcher/restarts.py starts them here
 a rank of somebody else's   torchrun -m launcher.train ...: this process is one of several
 """
 
@@ -35,12 +35,10 @@ def run(config: RunConfig, invocation: Invocation) -> int:
     try:
         # Both load torch: only once the configuration is known to be good.
         if topology.world > 1:
-            from launcher import agent
+            from launcher import restarts
 
-            return (
-                agent.start(path, topology.world, config.run.restarts)
-                or CODES[folder.RunFolder(path).ending or "diverged"]
-            )
+            code = restarts.start(path, topology.world, config.run.restarts)
+            return code or CODES[folder.RunFolder(path).ending or "diverged"]
         from training.loop import train
 
         return CODES[train(config, path, config.cluster.price_per_device_hour).ending]

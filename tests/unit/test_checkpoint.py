@@ -164,6 +164,7 @@ MISHAPS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda saved: (saved / "manifest.json").write_text("[1]"), "is not the manifest"),
     "a format": (rewrite(lambda c: c.update(format=2)), "its format is 2, and this program reads 1"),
     "a piece": (rewrite(lambda c: c["tensors"]["m/weight"]["pieces"].pop()), "m/weight has 8 of its 48 values"),
+    "a value twice": (rewrite(lambda c: piece(c, 1).update(offset=[0, 2])), "master/weight has values twice"),
     "a key": (rewrite(lambda c: piece(c).pop("at")), "'at' is missing"),
     "a dtype": (rewrite(lambda c: c["tensors"]["m/weight"].update(dtype="object")), "m/weight has dtype object"),
     "outside": (rewrite(lambda c: piece(c).update(offset=[4, 0])), "not inside"),

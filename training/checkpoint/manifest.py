@@ -79,11 +79,13 @@ class Manifest:
         return ends
 
     def check(self, where: str) -> None:
-        """Raises DamagedError, naming the tensor, where pieces do not cover it exactly."""
+        """Raises DamagedError, naming the tensor, where pieces do not cover it, each value once."""
         for name, stored in self.tensors.items():
             held = sum(math.prod(piece.shape) for piece in stored.pieces)
             if held != math.prod(stored.shape):
                 raise DamagedError(f"{where}: {name} has {held} of its {math.prod(stored.shape)} values")
+            if _overlap(stored.pieces):
+                raise DamagedError(f"{where}: {name} has values twice")
 
 
 def write(manifest: Manifest) -> str:
@@ -127,6 +129,23 @@ def join(parts: Iterable[Manifest]) -> Manifest:
                 raise DamagedError(f"{name} is {stored.dtype} {stored.shape} on one rank, {known.dtype} {known.shape}")
             tensors[name] = Stored(known.shape, known.dtype, known.pieces + stored.pieces)
     return Manifest(tensors, run)
+
+
+def _overlap(pieces: Iterable[Piece]) -> bool:
+    """Whether two of them have a value in common: along the first dim, few are side by side."""
+    beside: list[Piece] = []
+    for piece in sorted(piece for piece in pieces if 0 not in piece.shape):
+        beside = [other for other in beside if not piece.shape or _end(other) > piece.offset[0]]
+        for other in beside:
+            spans = zip(piece.offset, piece.shape, other.offset, other.shape, strict=True)
+            if all(max(a, b) < min(a + m, b + n) for a, m, b, n in spans):
+                return True
+        beside.append(piece)
+    return False
+
+
+def _end(piece: Piece) -> int:
+    return piece.offset[0] + piece.shape[0]
 
 
 def _parse_stored(name: str, content: Mapping[str, Any]) -> Stored:
