@@ -10,6 +10,7 @@ Numbers count the steps taken.
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from training.checkpoint.manifest import MANIFEST, DamagedError, Manifest, parse
@@ -62,18 +63,22 @@ def find_damaged(root: Path) -> list[Path]:
 
 
 def prune(root: Path, last: int, every: int = 0) -> list[int]:
-    """Removes all checkpoints but the ``last`` ones and those of every so many steps. Returns the steps removed."""
+    """Removes all checkpoints but the ``last`` ones and those of every so many steps. Returns the steps removed.
+
+    What cannot be removed stays.
+    """
     steps = find(root)
     gone = [step for step in steps[:-last] if not every or step % every]
     for step in gone:
-        remove(locate(root, step))
+        with suppress(OSError):
+            (locate(root, step) / MANIFEST).unlink()  # first: what is left of a removal that was cut off is swept
+        discard(locate(root, step))
     return gone
 
 
-def remove(folder: Path) -> None:
-    """The manifest first: what is left of a removal that was cut off is swept."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+def discard(folder: Path) -> None:
+    """Removes what is no checkpoint, or no longer one."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _list(root: Path) -> Iterable[tuple[int, Path]]:

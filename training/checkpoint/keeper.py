@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from training.agree import agree, tell
 from training.checkpoint import folders
-from training.checkpoint.part import commit, write_part
+from training.checkpoint.part import FAILURES, commit, write_part
 from training.checkpoint.staging import Staging
 from training.checkpoint.state import Progress, collect, describe
 from training.metrics import Record
@@ -71,7 +71,8 @@ class Keeper:
     def signs(self, asked: bool) -> Signs:
         """This rank's, for all to agree on (training/agree.py)."""
         minutes = self._how.minutes
-        due = self._first and minutes is not None and monotonic() - self._began >= 60 * minutes
+        waiting = self._first and self._phase == "idle" and minutes is not None
+        due = waiting and monotonic() - self._began >= 60 * (minutes or 0.0)
         done = self._work is None or self._work.done()
         return Signs(asked, due, not done, done and self._work is not None and self._work.exception() is not None)
 
@@ -87,7 +88,7 @@ class Keeper:
             self._conclude()
 
     def is_due(self, step: int, signs: Signs) -> bool:
-        """Whether a checkpoint before ``step`` is to be saved now; ``signs`` are those of all ranks."""
+        """Whether a checkpoint after ``step`` steps is to be saved now; ``signs`` are those of all ranks."""
         return signs.due or bool(self._how.every and step % self._how.every == 0)
 
     def save(self, progress: Progress) -> None:
@@ -97,7 +98,6 @@ class Keeper:
         if progress.step == self._last:
             return
         folder = folders.locate(self._root, progress.step)
-        folder.mkdir(parents=True, exist_ok=True)
         staged = self._staging.take(collect(self._setup))
         facts = describe(self._setup, progress) if self._first else {}
         stall = monotonic() - started
@@ -148,15 +148,15 @@ class Keeper:
         self._phase, self._work = "idle", None
 
     def _give_up(self) -> None:
-        """What a rank could not write is no reason to end; what is not an OSError is a fault of ours."""
+        """What could not be written is no reason to end; any other error is a fault of ours."""
         assert self._saved is not None
         error = self._work.exception() if self._work is not None else None
-        if error is not None and not isinstance(error, OSError):
+        if error is not None and not isinstance(error, FAILURES):
             raise error
         reasons = tell(self._setup.mesh, "" if error is None else f"rank {self._setup.mesh.rank}: {error}")
         folder = folders.locate(self._root, self._saved.step)
         if self._first:
-            folders.remove(folder)
+            folders.discard(folder)
             self._record.write("checkpoint_failed", step=self._saved.step, reasons=reasons)
         self._note(f"no checkpoint after step {self._saved.step}: {'; '.join(reasons)}. The run goes on")
         self._phase, self._work = "idle", None

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint.files import name_file, replace_text, sync_folder, write_file
-from training.checkpoint.manifest import MANIFEST, Manifest, Stored, join, parse, write
+from training.checkpoint.manifest import MANIFEST, DamagedError, Manifest, Stored, join, parse, write
 from training.chunk import Chunk
+
+FAILURES = (OSError, DamagedError)  # what both may raise, through no fault of ours
 
 
 def write_part(folder: Path, rank: int, chunks: Sequence[Chunk], facts: Mapping[str, Any]) -> int:
@@ -14,6 +16,7 @@ def write_part(folder: Path, rank: int, chunks: Sequence[Chunk], facts: Mapping[
 
     Raises OSError, naming the file and the tensor, where there is no room.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Stored] = {}
     for name, shape, dtype, piece in write_file(folder / name_file(rank), chunks):
         known = tensors.get(name)
@@ -26,7 +29,7 @@ def write_part(folder: Path, rank: int, chunks: Sequence[Chunk], facts: Mapping[
 def commit(folder: Path, ranks: int) -> int:
     """Makes one manifest of the parts of all ranks: from now on there is a checkpoint. The bytes of its values.
 
-    Raises OSError.
+    Raises OSError where it cannot be written, DamagedError where the parts are not as written.
     """
     parts = [_locate(folder, rank) for rank in range(ranks)]
     manifest = join(parse(path.read_text(encoding="utf-8"), str(path)) for path in parts)
