@@ -68,9 +68,9 @@ def take_part(config: RunConfig, rank: ranks.Rank, make: Maker, own_log: bool = 
     With ``own_log``, what is printed goes to the rank's log instead. Raises ValueError, on every rank the same, where
     the configurations differ, do not fit the number of ranks, or ``make`` refuses; so with its ``UnprovedError``.
     """
-    from torch.distributed.rendezvous import rendezvous
+    from parallel.mesh import meet
 
-    store, _, _ = next(rendezvous("env://", rank.rank, rank.world))
+    store, _, _ = meet()
     path = agree(store, config, rank, make)
     check_devices(config, rank)
     from training.determinism import count_cores

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from parallel.overlap.lanes import Lanes, choose_lanes, reserve
 from parallel.placement import HOLDERS, Placement, Shard, holders
@@ -50,11 +51,21 @@ def connect(
         bound = torch.device(device.type, index)
     backend = BACKENDS[device.type]
     if store is None and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=bound)
+        shared, rank, world = meet()
+        dist.init_process_group(backend, store=shared, rank=rank, world_size=world, timeout=timeout, device_id=bound)
         return
     assert store is not None or world == 1
     found = dist.HashStore() if store is None else dist.FileStore(str(store), world)
     dist.init_process_group(backend, store=found, rank=rank, world_size=world, timeout=timeout, device_id=bound)
+
+
+def meet() -> tuple[dist.Store, int, int]:
+    """Where the ranks of a launcher such as torchrun find each other, which of them this is, and how many there are.
+
+    A launcher that starts ranks again may keep its store: what those before them said there is not for these.
+    """
+    store, rank, world = next(rendezvous("env://"))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world
 
 
 def sums_itself(group: dist.ProcessGroup) -> bool:

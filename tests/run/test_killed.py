@@ -102,6 +102,22 @@ def test_ranks_that_die_are_started_again(folder: Path) -> None:
     assert sorted(path.name for path in (run / "before").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.full
+@pytest.mark.timeout(240)
+def test_torchrun_starts_them_again(folder: Path) -> None:
+    """One of its ranks is killed, and all come back as what they were: its store remembers those before them."""
+    layout = RANKS["two ranks"]
+    finish(folder, *layout, "run.id=unheard")
+    run, torchrun = folder / "runs" / "heard", [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "launcher.train", *WORDS, *layout]
+    command += ["run.id=heard", "checkpoint.resume=auto"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kill(process, run, 9)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 0 and "goes on after step" in said, said
+    assert rows(run) == rows(folder / "runs" / "unheard")
+
+
 def test_a_run_that_is_there_is_not_overwritten(folder: Path) -> None:
     (folder / "runs" / "taken").mkdir(parents=True)
     assert "or go on with that run by checkpoint.resume=auto" in finish(folder, "run.id=taken", code=2)
