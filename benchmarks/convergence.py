@@ -7,14 +7,13 @@ Each run is a real ``shoestring train`` on the default corpus. Its figure is the
 averaged over the evaluations of its last fifth; its gap is that to BF16 of the same seed. Two layouts in BF16 show what
 a gap means that comes from rounding alone. Runs that were published as failures are among them: 128 x 128 blocks for
 gradients of activations (DeepSeek-V3, appendix B.2), and a single scale for each tensor. Interrupted, the same command
-begins the run again that was under way, and no other: a record is written when its run is over, and is small enough to
-be kept in docs/convergence.
+goes on with the runs that were under way, from their checkpoints; a record is written when its run is over, and is
+small enough to be kept in docs/convergence.
 """
 
 import argparse
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -82,9 +81,10 @@ def train(places: Places, name: str, seed: int, steps: int) -> None:
 
     print(f"{name}, seed {seed} ...", flush=True)
     kind, record = KINDS[name], places.record(name, seed)
-    run = places.work / "runs" / f"{os.getpid()}-{record.stem}"
+    run = places.work / "runs" / record.stem
     words = ["run=small", f"run.steps={steps}", f"run.seed={seed}", *kind.words.split(), f"run.eval_every={EVERY}"]
     words += [f"run.eval_tokens={TOKENS}", "run.compile=off", "run.sample.tokens=0", "checkpoint.save=false"]
+    words += ["checkpoint.resume=auto", f"checkpoint.every={EVERY // 2}", "checkpoint.keep=1"]
     words += [f"run.folder={run.parent}", f"run.id={run.name}", f"data.folder={places.work / 'data'}"]
     start = [sys.executable, __file__, "--recipe", kind.recipe] if kind.recipe else []
     command = [*start, "--train"] if start else [sys.executable, "-m", "launcher.train"]

@@ -236,7 +236,10 @@ def take_wrong_axis(mesh: Mesh, call: Call, tensor: Tensor, _: Mesh, axis: Axis 
 
 def hear_nothing(mesh: Mesh, call: Call, *args: Any) -> Any:
     """No rank has said anything."""
-    return torch.zeros_like(args[0]) if isinstance(args[0], Tensor) else False
+    if isinstance(args[0], Tensor):
+        return torch.zeros_like(args[0])
+    said = args[-1]
+    return [] if isinstance(said, str) else type(said)(*(False for _ in said)) if isinstance(said, tuple) else False
 
 
 def send_wrong(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **options: Any) -> None:

@@ -4,6 +4,7 @@ Two ranks, dp=2 and ep=2. A promise returns whether this rank saw it kept; it is
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,11 @@ from parallel.exchange import find_exchanges, take_travelled
 from parallel.locality import Travel
 from parallel.mesh import Mesh, connect, disconnect
 from parallel.topology import Axis, Topology
-from training.agree import wait_for_all
+from training.agree import tell, wait_for_all
+from training.checkpoint.folders import FOLDER, locate
+from training.checkpoint.keeper import Keeper
+from training.checkpoint.resume import resume
+from training.checkpoint.state import Progress
 from training.config import Precision
 from training.evaluate import count_sequences, evaluate
 from training.finish import Ending
@@ -37,7 +42,7 @@ from training.profile import Profile
 from training.setup import Setup, set_up
 from training.steps import run_steps
 from training.text import open_shared_text
-from training.view import Gauge, PlainView
+from training.watchers import watch
 
 PATIENCE = 1.0  # seconds that rank 0 keeps others waiting for
 
@@ -51,11 +56,64 @@ class Stand(NamedTuple):
 
 def stop_together(stand: Stand) -> bool:
     """When one rank is asked to stop, none takes another step."""
-    rank = stand.setup.mesh.rank
-    with Record(stand.folder / f"{rank}.jsonl") as record:
-        gauge = Gauge(stand.setup.config, stand.setup.schedule, stand.setup.machine, 0.0)
-        outcome = run_steps(stand.setup, record, PlainView(gauge), lambda: rank == 1, stand.folder)
+    rank, progress = stand.setup.mesh.rank, Progress()
+    with (
+        Record(stand.folder / f"{rank}.jsonl") as record,
+        watch(stand.setup, progress, stand.folder, record, 0.0) as watchers,
+    ):
+        watchers.interrupt.asked = rank == 1
+        outcome = run_steps(stand.setup, progress, watchers)
     return outcome.ending is Ending.interrupted and outcome.last is None
+
+
+def hear_everybody(stand: Stand) -> bool:
+    """What one rank has to say, all hear."""
+    return tell(stand.setup.mesh, "a word" if stand.setup.mesh.rank == 1 else "") == ["a word"]
+
+
+def give_up_together(stand: Stand) -> bool:
+    """Where one rank cannot write, there is no checkpoint, and all know why."""
+    notes: list[str] = []
+    folder = locate(stand.folder / FOLDER, 1)
+    if stand.setup.mesh.rank == 1:
+        folder.mkdir(parents=True)
+        (folder / "00001.safetensors").symlink_to("/dev/full")
+    try:
+        save(stand, 1, notes)
+    except OSError:
+        return False
+    gone = stand.setup.mesh.rank == 1 or not folder.exists()
+    return gone and "rank 1: [Errno 28] No space left on device" in "".join(notes)
+
+
+def go_back_together(stand: Stand) -> bool:
+    """Where one rank finds its file damaged, all take the checkpoint before."""
+    root = stand.folder / FOLDER
+    for step in (1, 2):
+        save(stand, step, [])
+    if stand.setup.mesh.rank == 1:
+        os.truncate(locate(root, 2) / "00001.safetensors", 2000)
+    found = resume(stand.setup, stand.folder, lambda line: None)
+    return found is not None and found[0].step == 1
+
+
+def refuse_together(stand: Stand) -> bool:
+    """Where rank 0 finds nothing but damaged checkpoints, no rank begins again."""
+    if stand.setup.mesh.rank == 0:
+        (stand.folder / FOLDER / "00000003.damaged").mkdir(parents=True)
+    try:
+        resume(stand.setup, stand.folder, lambda line: None)
+    except ValueError:
+        return True
+    return False
+
+
+def save(stand: Stand, step: int, notes: list[str]) -> None:
+    """A checkpoint, to its end."""
+    with Record(stand.folder / f"{stand.setup.mesh.rank}.jsonl") as record:
+        keeper = Keeper(stand.setup, stand.folder, record, notes.append, 0)
+        keeper.save(Progress(step=step))
+        keeper.settle()
 
 
 def measure_the_whole_split(stand: Stand) -> bool:
@@ -165,6 +223,10 @@ def stay_together(stand: Stand, call: Callable[[], object]) -> bool:
 
 PROMISES: dict[str, Callable[[Stand], bool]] = {
     "stop": stop_together,
+    "hear": hear_everybody,
+    "give up": give_up_together,
+    "go back": go_back_together,
+    "refuse": refuse_together,
     "evaluate": measure_the_whole_split,
     "gather": gather_the_plain_weights,
     "gather stages": gather_the_plain_weights,
@@ -180,14 +242,26 @@ AGREE, EVALUATE, COLLECT = "training/agree.py", "training/evaluate.py", "trainin
 WAIT, OPEN = Site(AGREE, "wait_for_all", "any_rank"), Site("training/text.py", "open_shared_text", "wait_for_all")
 BEGIN, JOIN = (Site("training/profile.py", f"Profile.{of}", "wait_for_all") for of in ("_begin", "close"))
 LEAVE = Site("parallel/mesh.py", "disconnect", "dist.barrier")
-STOP, HEAR = Site("training/steps.py", "run_steps", "any_rank"), Site(AGREE, "any_rank", "sum_over")
+STOP, SIGNS = Site("training/steps.py", "run_steps", "agree"), Site(AGREE, "agree", "sum_over")
+HEAR, ANYTHING, WORDS = (
+    Site(AGREE, "any_rank", "sum_over"),
+    Site(AGREE, "tell", "any_rank"),
+    Site(AGREE, "tell", "sum_over"),
+)
+KEEPER, RESUME = "training/checkpoint/keeper.py", "training/checkpoint/resume.py"
+SETTLE, REASONS = Site(KEEPER, "Keeper.settle", "agree"), Site(KEEPER, "Keeper._give_up", "tell")
+NEWEST, DAMAGE, REFUSAL = Site(RESUME, "_newest", "sum_over"), *(Site(RESUME, "resume", "tell", n) for n in (0, 1))
 LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))
 TRAVELLED = Site("training/microbatches.py", "total_travel", "sum_over")
 MOVED = Site("training/placer.py", "Placer.take", "sum_over")
 SEND, RECEIVE = Site(COLLECT, "_collect", "dist.send"), Site(COLLECT, "_collect", "dist.recv")
 BRING, FETCH = Site(COLLECT, "_bring", "dist.send"), Site(COLLECT, "_bring", "dist.recv")
 PROMISED = [
-    *(Break(site, "unheard", how="stop") for site in (STOP, HEAR)),
+    *(Break(site, "unheard", how="stop") for site in (STOP, SIGNS)),
+    *(Break(site, "unheard", how="hear") for site in (HEAR, ANYTHING, WORDS)),
+    *(Break(site, "unheard", how="give up") for site in (SETTLE, REASONS)),
+    *(Break(site, "unheard", how="go back") for site in (NEWEST, DAMAGE)),
+    Break(REFUSAL, "unheard", how="refuse"),
     *(Break(site, kind, how="evaluate") for site in (LABELS, LOSS) for kind in ("own alone", "counted twice")),
     *(Break(TRAVELLED, kind, how="travel") for kind in ("own alone", "counted twice")),
     Break(SEND, "sent wrong", how="gather"),

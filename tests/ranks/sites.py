@@ -17,7 +17,7 @@ MESSENGERS = ("parallel/collectives.py", "parallel/reduce.py", "training/agree.p
 # What torch.distributed does without sending anything that training reads.
 SILENT = {
     *("get_backend", "get_rank", "get_world_size", "P2POp"),
-    *("FileStore", "HashStore", "init_process_group", "new_group", "destroy_process_group"),
+    *("FileStore", "HashStore", "init_process_group", "new_group", "destroy_process_group", "PrefixStore"),
 }
 # Functions of ours that do nothing but send, besides those of MESSENGERS.
 OWN = {
@@ -52,6 +52,16 @@ UNSEEN = [
         {"torch.ops.symm_mem.fused_all_gather_matmul", "torch.ops.symm_mem.fused_matmul_reduce_scatter"},
         "they gather and sum",
         "test_fused_operators_are_asked_for_the_right_thing",
+    ),
+    Unseen("parallel/mesh.py", {"rendezvous"}, "nothing: finds a store", "test_the_proof_notices"),
+    Unseen(
+        "training/checkpoint/plan.py",
+        {
+            *("LoadPlan", "LoadPlanner", "ReadItem", "StorageReader", "ChunkStorageMetadata", "Metadata"),
+            *("MetadataIndex", "TensorProperties", "TensorStorageMetadata", "create_read_items_for_chunk_list"),
+        },
+        "nothing: each rank plans and reads alone",
+        "test_promises_are_kept_and_seen_broken",
     ),
     Unseen(
         "training/fsdp2.py",

@@ -83,7 +83,7 @@ class Keeper:
         if signs.failed:
             self._give_up()
         elif self._phase == "writing":
-            self._phase, self._work = "committing", self._start(self._commit) if self._first else None
+            self._phase, self._work = "committing", self._submit(self._commit) if self._first else None
         else:
             self._conclude()
 
@@ -103,7 +103,7 @@ class Keeper:
         stall = monotonic() - started
         self._saved, self._phase, self._began = Saved(progress.step, started, stall), "writing", monotonic()
         rank = self._setup.mesh.rank
-        self._work = self._start(lambda: Done(write_part(folder, rank, staged, facts), monotonic() - started))
+        self._work = self._submit(lambda: Done(write_part(folder, rank, staged, facts), monotonic() - started))
 
     def settle(self) -> None:
         """Returns when nothing is under way. Collective."""
@@ -122,7 +122,7 @@ class Keeper:
         self.settle()
         self._thread.shutdown()
 
-    def _start(self, work: Callable[[], Done]) -> "Future[Done]":
+    def _submit(self, work: Callable[[], Done]) -> "Future[Done]":
         return self._thread.submit(work)
 
     def _commit(self) -> Done:

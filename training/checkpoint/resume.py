@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from training.agree import sum_over, tell, wait_for_all
+from training.agree import sum_over, tell
 from training.checkpoint import folders
 from training.checkpoint.manifest import DamagedError
 from training.checkpoint.state import Progress, accept, read
@@ -40,7 +40,6 @@ def resume(setup: Setup, folder: Path, note: Callable[[str], None]) -> tuple[Pro
     if first:
         for path in folders.sweep(root):
             note(f"{path} was never completed: removed")
-    wait_for_all(setup.mesh)
     while (step := _newest(setup, root)) is not None:
         place, error = folders.locate(root, step), ""
         try:
@@ -51,7 +50,6 @@ def resume(setup: Setup, folder: Path, note: Callable[[str], None]) -> tuple[Pro
         if not (reasons := tell(setup.mesh, error)):
             return accept(setup, manifest), int(manifest.run["tokens"])
         aside = folders.set_aside(place) if first else place
-        wait_for_all(setup.mesh)
         note(f"the checkpoint after step {step} cannot be loaded and is now {aside}: {'; '.join(reasons)}")
     if refused := tell(setup.mesh, _refuse(root) if first else ""):
         raise ValueError(refused[0])
@@ -68,7 +66,7 @@ def _refuse(root: Path) -> str:
 
 
 def _newest(setup: Setup, root: Path) -> int | None:
-    """The step of the newest checkpoint, as rank 0 sees it."""
+    """The step of the newest checkpoint, as rank 0 sees it once it has put the folder in order."""
     steps = folders.find(root) if setup.mesh.rank == 0 else []
     found = int(sum_over(torch.tensor(steps[-1] + 1 if steps else 0, device=setup.mesh.device), setup.mesh))
     return found - 1 if found else None
