@@ -103,6 +103,9 @@ class Engine(Protocol):
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""
 
+    def held(self) -> list[Chunk]:
+        """All of masters and moments that this rank has, views: those of ``state``, and what other ranks have too."""
+
     def load(self, state: State) -> None:
         """Takes over what ``state`` gave, in this layout or another, and sets the parameters from the masters.
 

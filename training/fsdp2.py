@@ -165,10 +165,14 @@ class Fsdp2:
         """This rank's part of masters and moments: views, each of them on one rank only."""
         return State(self._steps, [chunk for o in self._owned if self._is_first(o) for chunk in _chunks(o)])
 
+    def held(self) -> list[Chunk]:
+        """The chunks of ``state``, and what tp ranks, or pipeline ranks, all have."""
+        return [chunk for o in self._owned for chunk in _chunks(o)]
+
     @torch.no_grad()
     def load(self, state: State) -> None:
         """Takes over what ``state`` gave, which covers at least this rank's part; else raises ValueError."""
-        if wrong := fill([chunk for o in self._owned for chunk in _chunks(o)], state.chunks):
+        if wrong := fill(self.held(), state.chunks):
             raise ValueError(f"optimizer state does not fit the model: {', '.join(wrong[:5])}")
         self._steps = state.steps
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
-from training.chunk import fill
+from training.chunk import Chunk, fill
 from training.config import OptimizerConfig
 from training.engine import Hidden, State, Unrolling, Update, differentiate, unroll_stage
 from training.optimizer import sum_squares, update
@@ -126,6 +126,10 @@ class Native:
         """This rank's part of masters and moments: views, each of them on one rank only."""
         self.settle()  # a master may be a weight, and what others are being sent must stay as it is
         return State(self._steps, [chunk for slab in self._slabs for chunk in slab.chunks()])
+
+    def held(self) -> list[Chunk]:
+        """The chunks of ``state``: no rank has what another one has."""
+        return self.state().chunks
 
     @torch.no_grad()
     def load(self, state: State) -> None:

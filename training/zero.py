@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
-from training.chunk import fill
+from training.chunk import Chunk, fill
 from training.config import OptimizerConfig
 from training.engine import Hidden, Share, State, Unrolling, Update, Waiting, differentiate, name_parameters
 from training.optimizer import match, sum_squares
@@ -138,6 +138,10 @@ class DeepSpeed:
     def state(self) -> State:
         """This rank's part of masters and moments: views, each of them on one rank only."""
         return State(self._steps, [chunk for partition in self._all() for chunk in partition.chunks()])
+
+    def held(self) -> list[Chunk]:
+        """The chunks of ``state``: no rank has what another one has."""
+        return self.state().chunks
 
     @torch.no_grad()
     def load(self, state: State) -> None:

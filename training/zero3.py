@@ -119,6 +119,10 @@ class Zero3:
         """This rank's part of masters and moments: views, each of them on one rank only."""
         return State(self._steps, list(self._chunks()))
 
+    def held(self) -> list[Chunk]:
+        """The chunks of ``state``: no rank has what another one has."""
+        return self.state().chunks
+
     @torch.no_grad()
     def load(self, state: State) -> None:
         """Takes over what ``state`` gave, which covers at least what this rank owns; else raises ValueError."""

@@ -78,7 +78,7 @@ def read(setup: Setup, folder: Path, manifest: Manifest) -> None:
             if name in manifest.tensors:
                 load(folder, manifest, [_whole(name, places)])
     chunks = [
-        *_number_experts(setup, setup.engine.state().chunks),
+        *_number_experts(setup, setup.engine.held()),
         *(_whole(f"buffer/{name}", tensor) for name, tensor in _find_buffers(setup).items()),
     ]
     if "placer/load" in manifest.tensors:
@@ -95,7 +95,7 @@ def read(setup: Setup, folder: Path, manifest: Manifest) -> None:
 def accept(setup: Setup, manifest: Manifest) -> Progress:
     """The engine takes over what ``read`` has put into its state. Collective over all ranks."""
     run = manifest.run
-    setup.engine.load(State(int(run["updates"]), setup.engine.state().chunks))
+    setup.engine.load(State(int(run["updates"]), setup.engine.held()))
     setup.placer.steps = int(run["since_move"])
     return Progress(int(run["step"]), int(run["skipped"]), float(run["seconds"]))
 
