@@ -109,7 +109,7 @@ def test_other_programs_read_it_by_torchs_own_loader(saved: Path) -> None:
     assert all(torch.equal(tensor, WHOLE[name]) for name, tensor in state.items())
 
 
-def test_a_part_of_a_large_tensor_is_read_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_large_tensor_is_read_by_blocks(tmp_path: Path) -> None:
     """What lies outside of the blocks that hold the part may be anything."""
     rows = 3 * BLOCK // 1024 + 5
     whole = torch.arange(rows * 256, dtype=torch.int32).view(torch.float32).view(rows, 256)
