@@ -1,6 +1,9 @@
 # Two commands are enough: `make train` and `make test`. Everything else is for those who change the code.
 PYTHON ?= python3
 BIN := .venv/bin
+# As many test files at a time; a file stays in one process, with what its tests share.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
 .PHONY: train test test-full check format clean
@@ -9,11 +12,11 @@ train: .venv/ready
 	$(BIN)/shoestring train parallel.pp=2 parallel.dp=2 parallel.ep=2 run.micro_batch=2
 
 test: .venv/ready-test
-	$(BIN)/pytest tests
+	$(PYTEST) tests
 
 # What `make test` leaves out: the wide versions of tests, marked `full`.
 test-full: .venv/ready-test
-	$(BIN)/pytest tests -m "full and not gpu"
+	$(PYTEST) tests -m "full and not gpu"
 
 check: .venv/ready-test .venv/ready-check
 	$(BIN)/ruff check .

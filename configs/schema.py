@@ -1,6 +1,6 @@
 """The whole configuration, assembled from the rooms' own dataclasses. Loads no torch.
 
-TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run, profile
+TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run, health, profile
 RunConfig     what the launcher sees  TrainConfig + cluster, verify, proofs
 """
 
@@ -14,6 +14,7 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.rules import check, check_model, check_pipeline, check_tiles
 from parallel.topology import Topology
 from training.config import TILES, CheckpointConfig, DataConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
+from training.health.config import HealthConfig
 from training.ramp import batch_sizes
 from training.support import check as check_engine
 from training.support import check_compile, check_microbatches, check_overlap
@@ -40,6 +41,7 @@ class TrainConfig:
     precision: Precision = Precision.bf16
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunSection
+    health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: str | None = None  # a folder of weights in Hugging Face format to start from
 

@@ -9,6 +9,7 @@ A verb's module declares
     ARGUMENTS                           names of its words without "=", if it takes any
     OPTIONAL                            names of those that may follow them
     Config                              a dataclass of its own, or None, if its input is not a run's configuration
+    Keys                                a dataclass of what it takes beside a run's configuration, if it does
 
 Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a user's mistake, in a line or two; 130 for Ctrl-C.
 """
@@ -16,7 +17,7 @@ Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a user's mistake
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -36,9 +37,13 @@ VERBS = {
     "generate": "launcher.generate",
     "export": "launcher.export",
     "checkpoint": "launcher.checkpoint",
+    "torture": "launcher.torture",
+    "checkpoint export": "launcher.checkpoint_export",
+    "checkpoint import": "launcher.checkpoint_import",
     "kernels": "launcher.kernels",
     "completion": "launcher.completion",
 }
+MISTAKE = 2  # exit code
 FLAGS = ("--multirun", "--cfg", "--config-dir", "--help")
 ROOMS = ("launcher", "training", "parallel", "model", "configs")
 
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         first, _, rest = str(error).partition("\n")
         print(f"shoestring: {first}" + (f"\n{' '.join(rest.split())}" if rest else ""), file=sys.stderr)
-        return 2
+        return MISTAKE
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -85,17 +90,23 @@ def _run(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"shoestring {version('shoestring')}")
         return 0
-    verb = words[0]
+    verb = find(words)
     if verb not in VERBS:
         raise ValueError(f"{verb} is not a verb; the verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}")
     module = import_module(VERBS[verb])
-    given = sort(verb, words[1:])
+    given = sort(verb, words[len(verb.split()) :])
     if given.help:
         from launcher.help import describe
 
         print(describe(verb, module))
         return 0
     return _dispatch(verb, module, given)
+
+
+def find(words: Sequence[str]) -> str:
+    """The verb that ``words``, of which there is one at least, begin with: two of them, if that is a verb."""
+    two = " ".join(words[:2])
+    return two if two in VERBS else words[0]
 
 
 def sort(verb: str, words: list[str]) -> Words:
@@ -126,7 +137,8 @@ def sort(verb: str, words: list[str]) -> Words:
 def _dispatch(verb: str, module: Any, words: Words) -> int:
     """Runs every job of the command line, one after the other, until one fails."""
     _check_arguments(verb, module, words)
-    jobs = _compose(verb, module, words)
+    given, keys = _split(module, words)
+    jobs = _compose(verb, module, given)
     for number, (overrides, config, yaml) in enumerate(jobs, start=1):
         if len(jobs) > 1:
             print(f"# job {number} of {len(jobs)}: {' '.join(overrides)}", flush=True)
@@ -134,18 +146,30 @@ def _dispatch(verb: str, module: Any, words: Words) -> int:
             print(yaml, end="" if number == len(jobs) else "---\n")
             continue
         presets = None if words.presets is None else str(words.presets)
-        invocation = Invocation(verb, tuple(words.arguments), overrides, yaml, presets)
+        invocation = Invocation(verb, tuple(words.arguments), overrides, yaml, presets, keys)
         code = int(module.run(config, invocation))
         if code:
             return code
     return 0
 
 
+def _split(module: Any, words: Words) -> tuple[Words, Any]:
+    """``words`` without those that are the verb's own ``Keys``, and these; None if it has none."""
+    if not hasattr(module, "Keys"):
+        return words, None
+    from launcher.tree import compose_plain
+
+    names = {each.name for each in fields(module.Keys)}
+    own = [word for word in words.overrides if word.partition("=")[0] in names]
+    rest = [word for word in words.overrides if word not in own]
+    return replace(words, overrides=rest), compose_plain(module.Keys, tuple(own))[0]
+
+
 def _compose(verb: str, module: Any, words: Words) -> list[tuple[tuple[str, ...], Any, str]]:
     """Overrides, configuration and YAML of every job: a mistake in the last is found before the first starts."""
     overrides = tuple(words.overrides)
     own = getattr(module, "Config", RunConfig)
-    if own is not RunConfig and words.multirun:
+    if words.multirun and (own is not RunConfig or hasattr(module, "Keys")):
         raise ValueError(f"--multirun: {verb} takes no sweeps")
     if own is None:
         if overrides:

@@ -64,15 +64,18 @@ def complete(line: str) -> list[str]:
     words = line.split()
     current = "" if not words or line[-1].isspace() else words.pop()
     if len(words) <= 1:
-        return _match(current, [*cli.VERBS, "--help", "--version"])
-    if words[1] not in cli.VERBS:
+        return _match(current, [*dict.fromkeys(verb.split()[0] for verb in cli.VERBS), "--help", "--version"])
+    verb = cli.find(words[1:])
+    if verb not in cli.VERBS:
         return []
     if current.startswith("-"):
         return _match(current, cli.FLAGS)
-    if words[1] == "completion":
+    if verb == "completion":
         return _match(current, SCRIPTS)
-    module = import_module(cli.VERBS[words[1]])
+    module = import_module(cli.VERBS[verb])
     candidates = _complete_keys(current, getattr(module, "Config", None))
+    if hasattr(module, "Keys"):
+        candidates += _complete_keys(current, module.Keys)
     if getattr(module, "ARGUMENTS", ()) and "=" not in current:
         candidates += _match(current, sorted(path.parent.name for path in Path("runs").glob("*/config.yaml")))
     return candidates

@@ -3,9 +3,14 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from configs.schema import RunConfig
 from launcher import cli, folder
 from launcher.invocation import Invocation
+
+if TYPE_CHECKING:
+    from model.huggingface import Source
 
 SUMMARY = "write the weights of a run in Hugging Face format"
 ARGUMENTS = ("run",)
@@ -30,15 +35,20 @@ def run(config: Config, invocation: Invocation) -> int:
     found = folder.open(invocation.arguments[0], config.folder)
     trained = folder.load_config(found.path)
     # Loads torch: only once the run is known to be there.
-    from model.huggingface import export
-    from training.data.tokenizer import load_tokenizer
     from training.save import open_saved
 
-    eos = load_tokenizer(trained.data.tokenizer, trained.data.eos).eos
-    shard = int(config.shard_gigabytes * 1e9)
-    export(open_saved(found.weights), trained.model, Path(config.to), shard, eos, config.fp8)
+    write(open_saved(found.weights), trained, config)
     print(f"{found.path} is in {config.to}")
     return 0
+
+
+def write(source: "Source", trained: RunConfig, config: Config) -> None:
+    """Exports the weights in ``source``, those of the run ``trained``. ValueError as ``model.huggingface.export``."""
+    from model.huggingface import export
+    from training.data.tokenizer import load_tokenizer
+
+    eos = load_tokenizer(trained.data.tokenizer, trained.data.eos).eos
+    export(source, trained.model, Path(config.to), int(config.shard_gigabytes * 1e9), eos, config.fp8)
 
 
 if __name__ == "__main__":

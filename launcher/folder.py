@@ -8,29 +8,29 @@ runs/<id>/config.yaml     the configuration, resolved
          schedule.svg     of a pipeline, what each rank does when; schedule.txt its lists (training writes them)
          logs/rank0/ ...  what each rank printed, if there were several
          weights/         the final save (training writes it)
-         checkpoints/     what the run can go on from (training writes it; docs/checkpoint-format.md)
+         checkpoints/     what the run can go on from (training writes it; docs/checkpoint-format.md);
+                          elsewhere with checkpoint.folder
          before/1/ ...    the first four and the logs as they were before the run went on
 """
 
 import json
 import shlex
 import shutil
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.schema import RunConfig
 from launcher.invocation import Invocation
 from launcher.keys import nearest
 from launcher.versions import versions
+from training.checkpoint import folders, place
 
 DESCRIBING = ("config.yaml", "command.txt", "versions.json", "proof.json", "logs")
 
 
-@dataclass(frozen=True, slots=True)
-class RunFolder:
+class RunFolder(NamedTuple):
     """Where a run keeps its things."""
 
     path: Path
@@ -58,6 +58,12 @@ def create(config: RunConfig, invocation: Invocation, proof: dict[str, Any] | No
     ``proof`` is what launcher/gate.py says of it; None where a run needs none.
     """
     path = _claim(config)
+    try:
+        _check_checkpoints(config, path)
+    except ValueError:
+        if not any(path.iterdir()):
+            path.rmdir()  # it is new
+        raise
     set_aside(path)
     (path / "config.yaml").write_text(invocation.yaml)
     (path / "command.txt").write_text(shlex.join(invocation.command) + "\n")
@@ -90,6 +96,11 @@ def load_config(folder: Path) -> RunConfig:
     return load(folder / "config.yaml")
 
 
+def find_checkpoints(path: Path) -> place.Place:
+    """Where the run in ``path`` has its checkpoints. Raises ValueError where that cannot be told."""
+    return folders.find_root(load_config(path).checkpoint.folder, path)
+
+
 def set_aside(path: Path, names: tuple[str, ...] = DESCRIBING) -> None:
     """Moves what described a run, or its logs alone, to ``before/``: the run goes on."""
     old = [path / name for name in names if (path / name).exists()]
@@ -120,3 +131,20 @@ def _claim(config: RunConfig) -> Path:
             continue
         return path
     raise AssertionError("counting never ends")
+
+
+def _check_checkpoints(config: RunConfig, path: Path) -> None:
+    """Raises ValueError where the run cannot have its checkpoints, has them elsewhere, or would have another run's."""
+    here = config.checkpoint.folder
+    if (path / "config.yaml").is_file() and (there := load_config(path).checkpoint.folder) != here:
+        raise ValueError(
+            f"checkpoint.folder={here} must be {there}, where run.id={path.name} has its checkpoints: to go on "
+            f"elsewhere, move them, and say so in {path / 'config.yaml'}"
+        )
+    root = folders.find_root(here, path)
+    if config.checkpoint.resume == "never" and folders.find(root):
+        raise ValueError(
+            f"run.id={path.name} is taken: {root} has its checkpoints; choose another id, remove them, or go on with "
+            "that run by checkpoint.resume=auto"
+        )
+    place.try_out(root)

@@ -54,6 +54,8 @@ def describe(verb: str, module: Any) -> str:
     if schema is RunConfig:
         flags = {flag: meaning for flag, meaning in FLAGS.items() if flag != "--version"}
         lines += [*_list_presets(), "", "flags", *_columns(flags), ""]
+    if hasattr(module, "Keys"):
+        lines += ["keys of its own, with their defaults", *_list_keys(module.Keys), ""]
     if schema:
         lines += ["keys, with their defaults (every preset sets those that have none)", *_list_keys(schema)]
     return "\n".join(lines).rstrip()

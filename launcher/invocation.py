@@ -1,6 +1,7 @@
 """What a verb is told about the command line it was called with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,9 +13,10 @@ class Invocation:
     overrides: tuple[str, ...]  # key=value
     yaml: str  # the composed configuration, nothing left to resolve
     presets: str | None = None  # the folder behind --config-dir
+    keys: Any = None  # what the verb takes beside a run's configuration: its ``Keys``
 
     @property
     def command(self) -> tuple[str, ...]:
         """The words that lead to this configuration again."""
         flag = () if self.presets is None else ("--config-dir", self.presets)
-        return ("shoestring", self.verb, *self.arguments, *self.overrides, *flag)
+        return ("shoestring", *self.verb.split(), *self.arguments, *self.overrides, *flag)

@@ -104,10 +104,16 @@ def agree(store: "Store", config: RunConfig, rank: ranks.Rank, make: Maker) -> P
     if rank.rank == 0:
         store.set("values", ranks.describe(config))
         store.set("hash", ranks.identify(config))
+        store.set("here", str(rank.here))
     verdict = "same"
     if store.get("hash").decode() != ranks.identify(config):
         key, here, there = ranks.differ(ranks.describe(config), store.get("values").decode())
         verdict = f"{key}={here} on rank {rank.rank}, {there} on rank 0: start every rank with the same command"
+    elif config.checkpoint.near_every and (first := int(store.get("here"))) != rank.here:
+        verdict = (
+            f"checkpoint.near_every={config.checkpoint.near_every} must be 0 where machines have different numbers of "
+            f"ranks, so that each has a neighbour: that of rank {rank.rank} has {rank.here}, that of rank 0 {first}"
+        )
     store.set(f"verdict {rank.rank}", verdict)
     if rank.rank == 0:
         store.set("outcome", json.dumps(_decide(store, config, rank.world, make)))

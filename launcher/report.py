@@ -19,9 +19,11 @@ from enum import IntEnum
 from pathlib import Path
 
 from launcher.logs import log_of
+from training.health.beat import read_beat, read_ending
 
 LAST = 15  # lines of a rank's output shown
 LOST = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe|^Dist\w*Error", re.IGNORECASE)
+HANG = "HangError: "  # training/health/pulse.py
 MISTAKE = 2  # a rank's exit code for a mistake of the user
 
 
@@ -44,6 +46,7 @@ class Death:
     message: str  # "ValueError: ...", or empty
     trace: str  # its traceback, or empty
     time: float  # when the exception was kept
+    action: str = ""  # what it did last, where that is known
 
     @property
     def cause(self) -> Cause:
@@ -57,8 +60,14 @@ class Death:
     @property
     def brief(self) -> str:
         """The same in words, behind "rank 3"."""
+        return self._brief + (f" in {self.action}" if self.action else "")
+
+    @property
+    def _brief(self) -> str:
         if self.cause is Cause.connection:
             return "lost its connection"
+        if self.message.startswith(HANG):
+            return f"found that {self.message.removeprefix(HANG)}; it was itself"
         if self.message:
             return f"raised {self.message.splitlines()[0]}"
         if self.code is None or self.code >= 0:
@@ -100,9 +109,14 @@ def keep_traces(run: Path, deaths: list[Death]) -> None:
 
 
 def _read(run: Path, rank: int, code: int | None) -> Death:
+    """From what the rank says in its last words; else from torch's record of its exception, or its last heartbeat."""
+    if (ending := read_ending(run, rank)) is not None:
+        return Death(rank, code, ending.error, ending.stack, ending.time / 1e9, ending.action)
+    beat = read_beat(run, rank)
+    action = beat.action if beat is not None else ""
     path = log_of(run, rank, "error.json")
     try:
         error = json.loads(path.read_text())["message"]
         return Death(rank, code, error["message"], error["extraInfo"]["py_callstack"], path.stat().st_mtime)
     except (OSError, ValueError):  # none, or cut short by the death itself
-        return Death(rank, code, "", "", 0.0)
+        return Death(rank, code, "", "", 0.0, action)

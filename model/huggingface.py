@@ -59,16 +59,27 @@ def load(model: Transformer, folder: Path) -> None:
     A model without MTP takes the rest of one that has it. Raises ValueError naming file and key or tensor, before
     anything is changed, where the configuration differs or a tensor is missing, left over, of another shape or cannot
     be read."""
-    published = compare(model.config, folder)
-    source, into = open_shards(folder, QuantisedShards), Resident(model)
-    pieces = cut(model.config, into.shapes(), published.interleaved)
-    _check_pieces(source, pieces, into.shapes(), folder)
-    _check_rest(source, pieces, model.config, published.config.mtp.depth)
+    into = Resident(model)
+    source, pieces = open_published(model.config, into.shapes(), folder)
     for piece in pieces:
         into.read(piece.ours, piece.region).copy_(arrange(source.read(piece.published), piece.order))
     if is_v2(model.config):
         for router in model.routers():
             router.bias.zero_()
+
+
+def open_published(
+    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> tuple[Shards, list[Piece]]:
+    """The tensors of ``folder``, and which of them are what of ours; ``shapes`` are those of all of ours by name.
+
+    The biases of DeepSeek-V2's routers, which are zero, are not published. Raises as ``load``."""
+    published = compare(config, folder)
+    source = open_shards(folder, QuantisedShards)
+    pieces = cut(config, shapes, published.interleaved)
+    _check_pieces(source, pieces, shapes, folder)
+    _check_rest(source, pieces, config, published.config.mtp.depth)
+    return source, pieces
 
 
 def export(

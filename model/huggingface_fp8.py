@@ -10,7 +10,6 @@ is 448, and 448 s / 448 is s for every scale s that was made as a float32 number
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,15 +64,29 @@ def quantise_pending(tensors: Mapping[str, Pending]) -> dict[str, Pending]:
         if not name.endswith(PROJECTIONS) or name.endswith(AS_THEY_ARE):
             made[name] = tensor
             continue
-        made[name] = Pending(torch.float8_e4m3fn, tensor.shape, partial(_make, tensor, False))
-        made[name + SUFFIX] = Pending(torch.float32, _count_blocks(tensor.shape), partial(_make, tensor, True))
+        both = Both(tensor)
+        made[name] = Pending(torch.float8_e4m3fn, tensor.shape, both.make_values)
+        made[name + SUFFIX] = Pending(torch.float32, _count_blocks(tensor.shape), both.make_scales)
     return made
 
 
-def _make(tensor: Pending, scales: bool) -> Tensor:
-    """The values of a tensor, or its ``scales``."""
-    made = quantise(tensor.make().float(), DEEPSEEK_V3.weights)
-    return made.scales if scales else made.values
+class Both:
+    """A tensor's values and its scales, which are few: they are kept until they are wanted, for it is made once."""
+
+    def __init__(self, tensor: Pending) -> None:
+        self._tensor = tensor
+        self._scales: Tensor | None = None
+
+    def make_values(self) -> Tensor:
+        """In 8 bits."""
+        made = quantise(self._tensor.make().float(), DEEPSEEK_V3.weights)
+        self._scales = made.scales
+        return made.values
+
+    def make_scales(self) -> Tensor:
+        """In float32, a factor a block."""
+        scales, self._scales = self._scales, None
+        return quantise(self._tensor.make().float(), DEEPSEEK_V3.weights).scales if scales is None else scales
 
 
 def _count_blocks(shape: tuple[int, ...]) -> tuple[int, ...]:

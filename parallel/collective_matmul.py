@@ -26,6 +26,7 @@ from torch import Tensor
 
 from model.product import matmul_into
 from parallel.collectives import all_gather, sum_scatter
+from parallel.doing import doing
 
 Product = Callable[[Tensor, Tensor, Tensor], object]  # x [R, I], weight [I, O], result [R, O] to be filled
 Tensors = Sequence[Tensor]
@@ -36,6 +37,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     matmul_into(out, x, weight)
 
 
+@doing("activations of tp")
 def gather(shards: Tensors, group: dist.ProcessGroup) -> list[Tensor]:
     """Each [B, s, *] -> [B, n s, *], in one all-gather."""
     sizes = [shard.numel() for shard in shards]
@@ -46,6 +48,7 @@ def gather(shards: Tensors, group: dist.ProcessGroup) -> list[Tensor]:
     return [whole.contiguous() for whole in wholes]
 
 
+@doing("activations of tp")
 def scatter(partials: Tensors, group: dist.ProcessGroup) -> list[Tensor]:
     """Each [B, n s, *] -> the sum over ranks of [B, s, *], in one reduce-scatter."""
     parts = [whole.unflatten(1, (group.size(), -1)).transpose(0, 1) for whole in partials]  # [n, B, s, *] each

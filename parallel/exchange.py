@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from model.block import Block
 from model.exchange import Arrived, Copies, Home, Layout, Shipped, collect, lay_out, sum_copies
 from parallel.collectives import all_to_all, all_to_all_joined
+from parallel.doing import doing
 from parallel.locality import count, look
 from parallel.mesh import Mesh, Traffic
 from parallel.overlap.flight import Tensors, arrive, depart
@@ -121,6 +122,7 @@ class ExpertExchange:
         pending = self.lanes.start(lambda x: all_to_all(x, even, even, self._counts), counts)
         return Announced(slots, sendings, pending)
 
+    @doing("counts of tokens")
     def dispatch(self, tokens: Tensor, gates: Tensor, announced: Announced) -> tuple[Shipped, ...]:
         with torch.no_grad():
             packed = self._there.pack(tokens)

@@ -136,6 +136,13 @@ class Mesh:
         pipeline = self.topology.group(self.rank, Axis.pp)
         return self._make(tuple(pipeline[rank] for rank in across), Axis.pp, Traffic.data)
 
+    def aside(self) -> dist.ProcessGroup:
+        """All ranks, by messages between their hosts and beside all others. Collective over all of them at first."""
+        ranks = self.topology.group(0, Axis.world)
+        if (ranks, Traffic.copies) not in self._made:
+            self._made[ranks, Traffic.copies] = dist.new_group(backend="gloo", timeout=self._timeout)
+        return self._made[ranks, Traffic.copies]
+
     def degree(self, axis: Axis) -> int:
         """Ranks along ``axis``."""
         return self.topology.degree(axis)

@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
+from parallel.doing import Doing
+
 Result = TypeVar("Result")
 Next = TypeVar("Next")
 
@@ -19,8 +21,9 @@ class Pending(Generic[Result]):
 
     def wait(self) -> Result:
         """The result, once it is there. To be called once."""
-        for work in self.works:
-            work.wait()
+        with Doing(waiting=True):
+            for work in self.works:
+                work.wait()
         return self.finish()
 
     def then(self, step: Callable[[Result], Next]) -> "Pending[Next]":

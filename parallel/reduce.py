@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.doing import Doing
 from parallel.mesh import sums_itself
 
 Finish = Callable[[], None]
@@ -59,8 +60,9 @@ def _add_in_rank_order(buffer: Tensor, pieces: Sequence[range], group: dist.Proc
     works = _exchange(parts, received, group)
 
     def finish() -> None:
-        for work in works:
-            work.wait()
+        with Doing(waiting=True):
+            for work in works:
+                work.wait()
         total = received[0]
         for summand in received[1:]:
             # In place, and the sum ends up in the first summand, which is the own piece on rank 0 alone.
@@ -89,8 +91,9 @@ def _all_gather(buffer: Tensor, pieces: Sequence[range], group: dist.ProcessGrou
 
 def _wait_for(works: Sequence[dist.Work]) -> Finish:
     def finish() -> None:
-        for work in works:
-            work.wait()
+        with Doing(waiting=True):
+            for work in works:
+                work.wait()
 
     return finish
 

@@ -18,6 +18,7 @@ class Traffic(StrEnum):
     pipeline = "pipeline"  # activations between stages, and their gradients
     data = "data"  # gradients and weights
     control = "control"  # statistics, agreements
+    copies = "copies"  # of state, in the background, between hosts: see Mesh.aside
 
 
 GROUPS = {

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.doing import Doing, doing
 from parallel.mesh import Mesh
 from parallel.topology import Axis
 from parallel.traffic import Traffic
@@ -14,9 +15,11 @@ Flags = TypeVar("Flags", bound=tuple[Any, ...])
 LONGEST = 1000  # bytes of what a rank tells others
 
 
+@doing("an agreement along {axis}")
 def sum_over(tensor: Tensor, mesh: Mesh, axis: Axis = Axis.world) -> Tensor:
     """The sum of ``tensor`` over the ranks along ``axis`` (dp, stage or world), in place, the same bits on all."""
-    dist.all_reduce(tensor, group=mesh.group(axis, Traffic.control))
+    with Doing(waiting=True):
+        dist.all_reduce(tensor, group=mesh.group(axis, Traffic.control))
     return tensor
 
 

@@ -18,6 +18,7 @@ from weakref import finalize
 
 import torch
 
+from parallel.doing import Doing
 from parallel.reduce import Finish
 
 AHEAD = 2  # copies under way on a device
@@ -56,8 +57,9 @@ class Beside:
         Raises what a collective raised.
         """
         self.flush()
-        for done in self._under_way:
-            done.result()
+        with Doing(waiting=True):
+            for done in self._under_way:
+                done.result()
         self._under_way.clear()
         if self._stream is not None:
             torch.accelerator.current_stream(self._stream.device).wait_stream(self._stream)
@@ -104,10 +106,11 @@ class Ahead:
 
     def wait(self, last: int | None = None) -> None:
         """Until all up to number ``last`` are complete; without a number, all."""
-        while self._under_way and (last is None or self._done <= last):
-            self._under_way.popleft()()
-            self._done += 1
-            self._fill()
+        with Doing("weights of other holders"):
+            while self._under_way and (last is None or self._done <= last):
+                self._under_way.popleft()()
+                self._done += 1
+                self._fill()
 
     def _fill(self) -> None:
         while self._left and (self._limit is None or len(self._under_way) < self._limit):

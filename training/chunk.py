@@ -1,10 +1,12 @@
 """A rectangle of a named tensor, placed in the whole: what state is made of, whatever the layout that holds it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from model.shards import Index
 
 
 class Chunk(NamedTuple):
@@ -14,6 +16,15 @@ class Chunk(NamedTuple):
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     tensor: Tensor
+
+
+def find_region(shape: Sequence[int], index: Index) -> list[range]:
+    """What ``index`` leaves of every dim of a tensor of ``shape``."""
+    rest = (slice(None),) * (len(shape) - len(index))
+    return [
+        range(place, place + 1) if isinstance(place, int) else range(size)[place]
+        for place, size in zip((*index, *rest), shape, strict=True)
+    ]
 
 
 def fill(own: Iterable[Chunk], given: Iterable[Chunk]) -> list[str]:

@@ -55,6 +55,16 @@ class Device(StrEnum):
     xpu = "xpu"
 
 
+class Check(StrEnum):
+    """How many blocks of a checkpoint are compared with their checksums when it is loaded."""
+
+    full = "full"
+    sampled = "sampled"
+
+
+SHARE = {Check.full: 1, Check.sampled: 8}  # about one in so many
+
+
 class Resume(StrEnum):
     """What to do where ``run.id`` names a run that is there."""
 
@@ -133,8 +143,11 @@ class OptimizerConfig:
     rate: RateConfig = field(default_factory=RateConfig)
     bucket_bytes: int = 2**25  # gradients that ranks exchange at once; sums do not depend on it
     skip_limit: int = 5  # steps with a non-finite loss or gradient that may follow each other
+    ema: float | None = None  # decay a step of the weights' moving average, kept in host memory; null: none
 
     def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"optimizer.ema={self.ema} must be at least 0 and below 1, or null")
         for name in ("lr", "eps", "bucket_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be positive")
@@ -158,18 +171,49 @@ class CheckpointConfig:
     save: bool = True  # write the weights at the end
     every: int = 0  # steps between checkpoints, from which a run can go on; 0: by the clock alone
     minutes: float | None = 10.0  # between checkpoints by the clock; null: by steps alone
+    auto: bool = False  # after the first one, minutes are chosen: what loses least, by device_hours and what one costs
+    device_hours: float = 50_000.0  # of a device, between failures: Llama 3's 419 in 54 days of 16,384 (2407.21783)
     keep: int = 2  # the newest so many
     keep_every: int = 0  # and for good those of every so many steps; 0: none
+    keep_best: int = 0  # and those of the so many best evaluations, each of which makes one
+    check: Check = Check.full  # sampled: of what is loaded, about one block in eight is compared with its checksum
     resume: Resume = Resume.never  # auto: a run.id that is taken goes on from its newest good checkpoint
+    folder: str | None = None  # a folder, or s3://bucket/prefix, with a folder for each run; null: in the run's own
+    near_every: int = 0  # steps between copies on this node and on the next one, used first; 0: none
+    near_folder: str = "/dev/shm"  # noqa: S108 (on every node: memory that outlives processes, or a local disk)
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_every"):
+        for name in ("every", "keep_every", "keep_best", "near_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)} must not be negative")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"checkpoint.minutes={self.minutes} must be positive, or null")
+        if self.auto and self.minutes is None:
+            raise ValueError("checkpoint.minutes=null must be what the first checkpoint waits for with checkpoint.auto")
+        if not self.device_hours > 0:
+            raise ValueError(f"checkpoint.device_hours={self.device_hours} must be positive")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+        if not self.near_folder.startswith("/"):
+            raise ValueError(
+                f"checkpoint.near_folder={self.near_folder} must be an absolute path, the same on every node: "
+                "take /dev/shm, or a folder on a local disk"
+            )
+        if self.folder is not None:
+            _check_place("checkpoint.folder", self.folder)
+
+
+def _check_place(key: str, text: str) -> None:
+    """A folder, or a URL of one."""
+    protocol, url, rest = text.partition("://")
+    secret, _, shown = rest.rpartition("@")
+    if ":" in secret:
+        raise ValueError(
+            f"{key}={protocol}://...@{shown} must have no credentials in it, for runs keep what they are started with: "
+            "leave them to the environment, as AWS_PROFILE, or to the store's own files"
+        )
+    if not protocol or (url and not rest.strip("/")) or "::" in text:
+        raise ValueError(f"{key}={text} must be a folder, or a URL such as s3://bucket/prefix (null: in the run's own)")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,22 +3,19 @@
 Whatever the engine, masters start from these values: in bfloat16, from what drawn or published weights round to.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from configs.schema import TrainConfig
+from parallel.build import Shards, Stages
 from parallel.config import EngineName
 from parallel.mesh import Mesh
-from parallel.placement import Shard
 from training.config import OptimizerConfig
 from training.determinism import NUMERICS
 from training.engine import Engine
 from training.support import DEEPSPEED
 
-Shards = Mapping[str, Shard]
-Stages = Mapping[int, nn.Module]
 Maker = Callable[[Stages, Shards, Mesh, OptimizerConfig, torch.dtype], Engine]
 
 

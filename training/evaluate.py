@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch, count_labels
+from parallel.doing import doing
 from parallel.topology import Axis
 from training.agree import sum_over
 from training.setup import Setup
@@ -20,6 +21,7 @@ def count_sequences(setup: Setup) -> int:
     return max(1, min(setup.config.run.eval_tokens // held_out.sequence_length, held_out.sequences))
 
 
+@doing("evaluation")
 def evaluate(setup: Setup) -> float:
     """Mean cross entropy of the held-out split in nats a token: the same number on every rank. Collective."""
     # Compiled segments are compiled for a backward that may follow; without gradients they would be compiled anew.

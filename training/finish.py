@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from parallel.doing import doing
 from training.data import bigram
 from training.evaluate import count_sequences
 from training.generate import continue_text, show_controls
@@ -47,6 +48,7 @@ class Summary:
     cost: float
 
 
+@doing("finishing")
 def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder: Path) -> Summary:
     """Writes ``sample.txt`` and the record's last row, and prints the summary: all of it on rank 0 alone."""
     first = setup.mesh.rank == 0

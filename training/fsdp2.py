@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 
 from model.block import Block
+from parallel.doing import doing
 from parallel.mesh import Mesh, Traffic
 from parallel.placement import Shard
 from parallel.topology import Axis
@@ -145,6 +146,7 @@ class Fsdp2:
         for across, group in self._beside.items():
             _sum([_local_grad(o) for o in ready if o.shard.across == across], group)
 
+    @doing("optimizer")
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
         """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite."""

@@ -1,10 +1,12 @@
 """A training run from its configuration to its summary: the file to read first.
 
+    attend       a heartbeat all along, and last words where it ends by a fault                training/health/
     set_up       text -> token files; the model; the engine, which takes its parameters over       training/setup.py
     go_on        where the run has been before: the state of its newest good checkpoint          training/checkpoint/
     run_steps    one step after the other, each a row of the record                training/steps.py, training/step.py
                  now and then, and after the last one: the loss on held-out text                  training/evaluate.py
                  now and then, and at the end: a checkpoint, in the background         training/checkpoint/keeper.py
+                 every few steps: a copy in the memory of this node and the next    training/checkpoint/neighbour.py
     save         the weights                                                                      training/save.py
     finish       a bigram model's loss, a sample of text, where everything is                     training/finish.py
 
@@ -20,8 +22,8 @@ from configs.schema import TrainConfig
 from parallel.mesh import Mesh
 from training.checkpoint.resume import go_on
 from training.finish import Ending, Summary, finish
+from training.health.attend import attend
 from training.machine import join_mesh
-from training.picture import describe_schedule, draw_schedule, simulate_step
 from training.setup import set_up
 from training.sinks import open_record
 from training.steps import run_steps
@@ -45,21 +47,25 @@ def train(config: TrainConfig, folder: Path, price: float = 0.0) -> Summary:
 def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) -> Summary:
     """``train`` on a mesh that is there already. Collective over its ranks."""
     first = mesh.rank == 0
-    with open_record(config.run.sinks, folder, kept=first) as record:
+    with attend(mesh, config, folder) as attendance, open_record(config.run.sinks, folder, kept=first) as record:
         report = print if first else _say_nothing
-        setup, progress = go_on(set_up(config, report, mesh), folder, record, report)
-        if first:
-            timeline = simulate_step(config, mesh)
-            record.write("start", **setup.facts(), **describe_schedule(timeline, config))
-            draw_schedule(timeline, folder)
+        setup = set_up(config, report, mesh)
+        attendance.follow(setup, report)
+        setup, progress = go_on(setup, folder, record, report)
+        attendance.begin(progress)
         with watch(setup, progress, folder, record, price) as watchers:
+            note = watchers.view.note
+            attendance.follow(setup, note)
             outcome = run_steps(setup, progress, watchers)
-            ending, note = outcome.ending, watchers.view.note
-            watchers.keeper.close(progress, ending is not Ending.diverged, ending is Ending.interrupted)
+            ending = outcome.ending
+            interrupted = ending is Ending.interrupted
+            saved = watchers.keeper.close(progress, ending is not Ending.diverged, interrupted)
+            watchers.neighbour.close(interrupted and not saved)
             setup.engine.settle()  # nobody leaves while others wait for weights
             if config.checkpoint.save:
                 save_weights(setup, folder / "weights")
                 note(f"weights saved in {folder / 'weights'}")
+        attendance.leave()
         return finish(setup, record, outcome, watchers.gauge, folder)
 
 

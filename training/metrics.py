@@ -4,6 +4,7 @@
                      {"kind": "step", "step": 0, "loss": 5.6, ...}     every step: the fields of ``StepRow``
                      {"kind": "eval", "step": 100, "loss": 2.1, ...}   every evaluation
                      {"kind": "checkpoint", "step": 100, ...}          every checkpoint: bytes, how long steps waited
+                     {"kind": "retry", "step": 100}                    a step that was finite when taken again
                      {"kind": "resume", "step": 100, ...}              where a run went on from one
                      {"kind": "end", ...}                              once
 
@@ -51,6 +52,9 @@ class StepRow:
 class Writer(Protocol):
     """Somewhere that rows go."""
 
+    def rewind(self, step: int) -> None:
+        """A run begins, or goes on: ``step`` and all later ones come anew."""
+
     def write(self, row: dict[str, Any]) -> None:
         """Takes one row."""
 
@@ -82,6 +86,8 @@ class Record:
             partial.write_text("".join(_keep(self._path, step)), encoding="utf-8")
             partial.replace(self._path)
         self._file = self._path.open("a", buffering=1, encoding="utf-8")
+        for writer in self._writers:
+            writer.rewind(step)
 
     def sync(self) -> None:
         """What was written is on disk."""

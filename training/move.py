@@ -3,13 +3,13 @@
 Which rank holds an expert is the exchange's affair alone (``ExpertExchange.places``): routing, gates, biases and loads
 speak of experts. What moves is a permutation of slots, for every routed layer, over its ep group:
 
-    each holder's part of master, m and v --> the whole on every holder --> to the rank of the new slot --> its part
+    a holder's part of master, m, v (and average) --> the whole on every holder --> to the slot's rank --> its part
 
 one tensor at a time, into the state where it lies. Moments move with their weights: the next update is the one that
 would have been.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,19 +27,27 @@ from training.gather import name_tensors
 
 
 @torch.no_grad()
-def move_experts(stages: Stages, shards: Shards, engine: Engine, orders: Mapping[str, Tensor], mesh: Mesh) -> None:
-    """``orders``: for a block's name, the expert [E] of every slot from now on. Collective."""
+def move_experts(
+    stages: Stages,
+    shards: Shards,
+    engine: Engine,
+    orders: Mapping[str, Tensor],
+    mesh: Mesh,
+    average: Sequence[Chunk] = (),
+) -> None:
+    """``orders``: for a block's name, the expert [E] of every slot from now on; ``average``: that of the masters, if
+    there is one, which lies as they do. Collective."""
     exchanges, held = find_exchanges(stages.values()), name_tensors(stages.values())
     travels: dict[str, Tensor] = {}  # for a parameter, the slot [E] that the content of each slot comes from
     for name, order in orders.items():
         came_from = exchanges[name].places[order]
         exchanges[name].places = order.argsort()
         travels |= {p: came_from for p in shards if p.startswith(f"{name}.experts.routed.")}
-    state = engine.state()
+    state, parts = engine.state(), ("master", "m", "v", *(("ema",) if average else ()))
     for parameter, came in travels.items():
         wide = torch.promote_types(held[parameter].dtype, torch.float32)
-        for name in (f"{part}/{parameter}" for part in ("master", "m", "v")):
-            own = [chunk for chunk in state.chunks if chunk.name == name]
+        for name in (f"{part}/{parameter}" for part in parts):
+            own = [chunk for chunk in (*state.chunks, *average) if chunk.name == name]
             whole = torch.zeros(shards[parameter].shape, dtype=wide, device=mesh.device)
             _move(own, whole, shards[parameter], came, mesh)
     engine.load(state)  # casts the masters, which have changed in place, and publishes them

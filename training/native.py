@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from parallel.doing import doing
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
@@ -94,6 +95,7 @@ class Native:
         """Starts the sums of ``stage`` that have not started. Collective over the stage's ranks."""
         self._sums.close(stage)
 
+    @doing("optimizer")
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
         """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite.

@@ -11,8 +11,7 @@ here are those of its version 0.19, which pyproject.toml pins.
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from parallel.placement import Shard
 from training.chunk import Chunk
 from training.config import OptimizerConfig
-from training.pieces import Rectangle, find_rectangles
+from training.pieces import cut_range
 from training.slab import Entry
 
 
@@ -180,18 +179,3 @@ def cut_chunks(name: str, shard: Shard, part: range, state: Mapping[str, Tensor]
             view = tensor[at : at + size].view(rectangle.shape)
             yield Chunk(f"{kind}/{name}", shard.global_shape, offset, view)
         at += size
-
-
-def cut_range(shape: Sequence[int], part: range) -> Iterator[Rectangle]:
-    """Elements ``part`` of a tensor of ``shape``, in its own order, as rectangles: DeepSpeed cuts inside rows."""
-    row = shape[-1]
-    cuts = {part.start, min(-(-part.start // row) * row, part.stop), max(part.stop // row * row, part.start), part.stop}
-    for start, stop in pairwise(sorted(cuts)):
-        if start % row == 0 == stop % row:
-            yield from find_rectangles(shape, range(start, stop))
-            continue
-        place, before = start // row, []
-        for size in reversed(shape[:-1]):
-            before.append(place % size)
-            place //= size
-        yield Rectangle((*reversed(before), start % row), (*(1 for _ in before), stop - start))

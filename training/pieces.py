@@ -81,6 +81,21 @@ def find_rectangles(shape: Sequence[int], part: range) -> Iterator[Rectangle]:
         yield Rectangle((*offset, 0), (*extent, shape[-1]))
 
 
+def cut_range(shape: Sequence[int], part: range) -> Iterator[Rectangle]:
+    """The same, for a ``part`` that may begin and end inside of rows."""
+    row = shape[-1]
+    cuts = {part.start, min(-(-part.start // row) * row, part.stop), max(part.stop // row * row, part.start), part.stop}
+    for start, stop in pairwise(sorted(cuts)):
+        if start % row == 0 == stop % row:
+            yield from find_rectangles(shape, range(start, stop))
+            continue
+        place, before = start // row, []
+        for size in reversed(shape[:-1]):
+            before.append(place % size)
+            place //= size
+        yield Rectangle((*reversed(before), start % row), (*(1 for _ in before), stop - start))
+
+
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Rectangle]:
     """Elements ``start`` to ``stop`` of ``shape``: the end of one index, whole indices, the beginning of another."""
     if len(shape) == 1:

@@ -15,6 +15,7 @@ from parallel.exchange import find_exchanges
 from parallel.mesh import Mesh
 from parallel.topology import Axis
 from training.agree import sum_over
+from training.average import Average
 from training.engine import Engine
 from training.move import move_experts
 
@@ -22,9 +23,12 @@ from training.move import move_experts
 class Placer:
     """Loads since the last move, and the next one."""
 
-    def __init__(self, stages: Stages, shards: Shards, engine: Engine, mesh: Mesh, every: int) -> None:
+    def __init__(
+        self, stages: Stages, shards: Shards, engine: Engine, average: Average, mesh: Mesh, every: int
+    ) -> None:
         """Moves every ``every`` steps, 0: never. All ranks move alike, for all have seen the same loads."""
         self._stages, self._shards, self._engine, self._mesh = stages, shards, engine, mesh
+        self._average = average
         self._every = every if mesh.degree(Axis.ep) > 1 else 0
         self.steps = 0  # taken
         self.load: Tensor | None = None  # [L, E], of the steps since the last move
@@ -44,7 +48,8 @@ class Placer:
         self.load = None
         everywhere = int(sum_over(torch.tensor(moved, device=self._mesh.device), self._mesh))
         if everywhere:
-            move_experts(self._stages, self._shards, self._engine, orders, self._mesh)
+            average = self._average.chunks()
+            move_experts(self._stages, self._shards, self._engine, orders, self._mesh, average)
         return everywhere // self._mesh.topology.stage_size  # every rank of a stage has counted the same
 
     def _plan(self, load: Tensor) -> tuple[dict[str, Tensor], int]:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from configs.schema import TrainConfig
-from parallel.build import Shards, Stages
+from parallel.doing import doing
 from parallel.mesh import Mesh
-from training.engines import Engine, hand_over
+from training.average import Average
+from training.engines import Engine, Shards, Stages, hand_over
 from training.machine import Machine, prepare_machine
 from training.pipeline import Runner, make_runner
 from training.placer import Placer
@@ -27,6 +28,7 @@ class Setup:
     stages: Stages  # this rank's part of the model
     shards: Shards  # which part of the whole each parameter is
     engine: Engine  # owns the parameters
+    average: Average  # of the weights
     placer: Placer  # moves experts between ranks
     runner: Runner  # of its steps and evaluations
 
@@ -39,6 +41,7 @@ class Setup:
         }
 
 
+@doing("setting up")
 def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Setup:
     """Prepares the text, builds this rank's part of the model and hands its parameters to the engine. Collective.
 
@@ -58,5 +61,6 @@ def set_up(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Se
         for model in stages.values():
             compile_segments(model)
     report(f"{config.model.name} in {config.precision} on {machine.describe()}")
-    placer = Placer(stages, shards, engine, mesh, config.parallel.rebalance_every)
-    return Setup(config, mesh, machine, text, schedule, stages, shards, engine, placer, runner)
+    average = Average(engine, mesh.device, config.optimizer.ema)
+    placer = Placer(stages, shards, engine, average, mesh, config.parallel.rebalance_every)
+    return Setup(config, mesh, machine, text, schedule, stages, shards, engine, average, placer, runner)

@@ -1,7 +1,8 @@
 """Copies of the record for those who watch runs elsewhere: TensorBoard and Weights & Biases.
 
 A package is imported only when its sink is chosen. Rows of kind "step" and "eval" become scalars named ``kind/field``;
-those of kind "start" become the run's description.
+those of kind "start" become the run's description. A run that goes on goes on there, too: TensorBoard hides what is
+taken again, Weights & Biases keeps what it had first, which is the same.
 """
 
 import importlib.util
@@ -20,9 +21,14 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         _require(Sink.tensorboard)
+        self._folder = str(folder / "tensorboard")
+        self._writer: Any = None  # until the step is known that the run begins with
+
+    def rewind(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self.close()
+        self._writer = SummaryWriter(self._folder, purge_step=step)
 
     def write(self, row: dict[str, Any]) -> None:
         if row["kind"] == "start":
@@ -31,21 +37,30 @@ class TensorBoard:
             self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run named like the folder. Project, entity and offline mode come from wandb's own environment variables."""
+    """A run named like the folder, where its id stays. Project, entity and offline mode come from wandb's own
+    environment variables."""
 
     def __init__(self, folder: Path) -> None:
         _require(Sink.wandb)
         import wandb
 
-        self._run = wandb.init(name=folder.name, dir=str(folder))
+        known = folder / "wandb-id.txt"
+        id = known.read_text(encoding="utf-8") if known.is_file() else None
+        self._run = wandb.init(name=folder.name, dir=str(folder), id=id, resume="allow")
+        known.write_text(self._run.id, encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Nothing: steps that are there are not taken a second time."""
 
     def write(self, row: dict[str, Any]) -> None:
         if row["kind"] == "start":
-            self._run.config.update({key: value for key, value in row.items() if key != "kind"})
+            facts = {key: value for key, value in row.items() if key != "kind"}
+            self._run.config.update(facts, allow_val_change=True)  # a run may go on in another layout
         if found := scalars(row):
             self._run.log(found, step=row["step"])
 

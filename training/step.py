@@ -12,6 +12,7 @@ from collections.abc import Callable
 from time import monotonic
 
 from model.statistics import measure_balance
+from parallel.doing import doing
 from parallel.exchange import take_travelled
 from parallel.topology import Axis
 from training.determinism import measure_peak_memory
@@ -22,10 +23,18 @@ from training.rates import rate
 from training.setup import Setup
 
 
-def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | None:
-    """Takes step ``step``. Collective over all ranks.
+def do_nothing() -> None:
+    """What prepares nothing."""
+
+
+@doing("step {step}", 1)
+def run_step(
+    setup: Setup, step: int, stop: Callable[[], bool], prepare: Callable[[], None] = do_nothing
+) -> StepRow | None:
+    """Takes step ``step``. Collective over all ranks. ``prepare`` is called just before state changes.
 
     Returns None, and leaves everything as it was, if ``stop`` says so between micro-batches: on all ranks or on none.
+    A step whose loss or gradient is not finite leaves everything as it was, too.
     """
     started, config, mesh = monotonic(), setup.config, setup.mesh
     plan = setup.schedule.plan(step, config.run.micro_batch, mesh.degree(Axis.dp), mesh.coordinate(Axis.dp))
@@ -40,11 +49,13 @@ def run_step(setup: Setup, step: int, stop: Callable[[], bool]) -> StepRow | Non
     travel = total_travel(setup.stages.values(), mesh)
     losses = [loss / count for loss, count in zip(totals.losses.tolist(), denominators.tokens, strict=True)]
     lr = rate(config.optimizer, step, config.run.steps, setup.schedule)
+    prepare()
     update = setup.engine.step(lr, finite=all(map(math.isfinite, losses)))
     if update.applied:
+        setup.average.take()
         for stage in setup.stages.values():
             stage.update_biases(totals.load, config.model.moe.bias_speed)
-    balance, moved = measure_balance(totals.load), setup.placer.take(totals.load)
+    balance, moved = measure_balance(totals.load), setup.placer.take(totals.load) if update.applied else 0
     tokens = setup.schedule.size(step) * config.data.sequence_length
     seconds = monotonic() - started
     return StepRow(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.doing import Doing
 from parallel.reduce import Finish
 from training.beside import Ahead, Beside, Start
 from training.countdown import Countdown
@@ -104,7 +105,8 @@ class Sums:
 
     def settle(self) -> None:
         """Until all that have started are complete."""
-        self._beside.wait()
+        with Doing("gradients of other holders"):
+            self._beside.wait()
 
     def _set_off(self, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:

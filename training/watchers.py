@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from training.checkpoint.keeper import Keeper
+from training.checkpoint import keeper as durable
+from training.checkpoint import neighbour as near
 from training.checkpoint.state import Progress
+from training.health.fingerprint import Fingerprints
 from training.interrupt import Interrupt
 from training.metrics import Record
 from training.profile import Profile
@@ -21,14 +23,20 @@ class Watchers(NamedTuple):
     view: View
     gauge: Gauge
     interrupt: Interrupt
-    keeper: Keeper
+    keeper: durable.Keeper
     profile: Profile
+    fingerprints: Fingerprints
+    neighbour: near.Neighbour
 
 
 @contextmanager
 def watch(setup: Setup, progress: Progress, folder: Path, record: Record, price: float) -> Iterator[Watchers]:
-    """They watch a run from ``progress`` on. ``folder`` is the run's; ``price`` that of all devices, an hour."""
+    """They watch a run from ``progress`` on, ``folder`` is the run's; ``price`` that of all devices, an hour."""
     gauge = Gauge(setup.config, setup.schedule, setup.machine, price, progress.seconds)
     with open_view(gauge) as view, Interrupt(view.note) as interrupt:
-        keeper = Keeper(setup, folder, record, view.note, progress.step)
-        yield Watchers(record, view, gauge, interrupt, keeper, Profile(setup, folder, view.note))
+        fingerprints = Fingerprints(setup, setup.config.health.verify_every)
+        saved = -1 if progress.near else progress.step
+        keeper = durable.Keeper(setup, folder, record, view.note, saved, fingerprints.expect)
+        neighbour = near.Neighbour(setup, folder, record, view.note, progress.step, fingerprints.expect)
+        profile = Profile(setup, folder, view.note)
+        yield Watchers(record, view, gauge, interrupt, keeper, profile, fingerprints, neighbour)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from model.build import allocate, outline
 from model.transformer import Transformer
+from parallel.doing import doing
 from training.determinism import NUMERICS, measure_free_memory
 from training.gather import gather_whole, is_cut
 from training.save import load, write
@@ -12,6 +13,7 @@ from training.setup import Setup
 from training.weights import count_parameters, is_whole
 
 
+@doing("saving weights")
 def save_weights(setup: Setup, folder: Path) -> None:
     """The weights of the whole model in the dtype it computes in, in ``folder``; a run that was resumed replaces them.
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.doing import doing
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
@@ -116,6 +117,7 @@ class DeepSpeed:
         for partition in self._waiting.finish(stage, self._partitions):
             partition.reduce()
 
+    @doing("optimizer")
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
         """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite."""

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.doing import doing
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from training.agree import sum_over
@@ -96,6 +97,7 @@ class Zero3:
         """Means become sums."""
         self._gradient.mul_(self._group.size())
 
+    @doing("optimizer")
     @torch.no_grad()
     def step(self, lr: float, finite: bool = True) -> Update:
         """Clips and updates, unless the gradient or, say the callers on all ranks, the loss is not finite."""

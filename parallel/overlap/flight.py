@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.mark import mark
+from parallel.doing import doing
 from parallel.overlap.lanes import Lanes
 from parallel.pending import Pending
 
@@ -50,6 +51,7 @@ class Flight:
         with mark("leave", id(self)):
             self._under_way = self._lanes.start(self._route.back, *gradients)
 
+    @doing("tokens of experts")
     def land(self) -> Tensors:
         """Waits for what is under way."""
         assert self._under_way is not None

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.mark import mark
+from parallel.doing import Doing, doing
 from parallel.pipeline.action import Action, Compute, Op, Overlap, parts
 from parallel.pipeline.lower import Exchange, Kind, Step, What
 from parallel.pipeline.trace import Span
@@ -65,7 +66,8 @@ class UnderWay(NamedTuple):
 
     def wait(self) -> Tensor:
         """The tensor, once it has arrived."""
-        self.work.wait()
+        with Doing(waiting=True):
+            self.work.wait()
         return self.buffer
 
 
@@ -113,6 +115,7 @@ class Interpreter:
         assert not self._held, f"made and never read: {sorted(self._held)}"
         return True
 
+    @doing("what another stage sends for {action}")
     def _read(self, action: Action) -> Tensor | None:
         """What an action needs of other stages, once it is there."""
         op, stage, microbatch = action
@@ -122,6 +125,7 @@ class Interpreter:
             return self._take((What.activation, stage - 1, microbatch)) if stage else None
         return self._take((What.gradient, stage + 1, microbatch), missing=True)
 
+    @doing("{step}")
     def _act(self, step: Compute, work: Work, read: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         if isinstance(step, Overlap):
             return work.pair(step.forward, read[0], step.backward, read[1])

@@ -253,6 +253,12 @@ def receive_nothing(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **option
     tensor.zero_()
 
 
+def receive_wrong(mesh: Mesh, call: Call, tensor: Tensor, *args: Any, **options: Any) -> None:
+    """Something else arrives."""
+    call(tensor, *args, **options)
+    tensor.add_(1)
+
+
 def leave_first_moments(mesh: Mesh, call: Call, own: list[Chunk], *args: Any) -> None:
     """Experts move without their first moments."""
     kept = [chunk.tensor.clone() for chunk in own]
@@ -302,6 +308,7 @@ KINDS: dict[str, Call] = {
     "unheard": hear_nothing,
     "sent wrong": send_wrong,
     "received nothing": receive_nothing,
+    "received wrong": receive_wrong,
     "first moments stay": leave_first_moments,
     "the other way": travel_the_other_way,
 }

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from breaks import Break, planted
+from neighbours import NEAR, NEAR_PROMISED
 from sites import Site
 from small_models import make_config
 from small_runs import make_run
@@ -35,6 +36,7 @@ from training.config import Precision
 from training.evaluate import count_sequences, evaluate
 from training.finish import Ending
 from training.gather import gather_whole, name_tensors
+from training.health.fingerprint import CorruptionError, Fingerprints
 from training.metrics import Record
 from training.microbatches import total_travel
 from training.placer import Placer
@@ -69,6 +71,20 @@ def stop_together(stand: Stand) -> bool:
 def hear_everybody(stand: Stand) -> bool:
     """What one rank has to say, all hear."""
     return tell(stand.setup.mesh, "a word" if stand.setup.mesh.rank == 1 else "") == ["a word"]
+
+
+def compare_together(stand: Stand) -> bool:
+    """Where holders of a weight have different ones, all of them know, and which weight it is."""
+    fingerprints = Fingerprints(stand.setup, 1)
+    fingerprints.take(1)  # all are alike
+    weight = next(stand.setup.stages[0].parameters())
+    if stand.setup.mesh.rank == 1:
+        weight.detach().view(-1)[3] += 1
+    try:
+        fingerprints.take(2)
+    except CorruptionError as error:
+        return "ranks 0, 1: weight/embedding.weight is not the same on all" in str(error)
+    return False
 
 
 def give_up_together(stand: Stand) -> bool:
@@ -111,7 +127,7 @@ def refuse_together(stand: Stand) -> bool:
 def save(stand: Stand, step: int, notes: list[str]) -> None:
     """A checkpoint, to its end."""
     with Record(stand.folder / f"{stand.setup.mesh.rank}.jsonl") as record:
-        keeper = Keeper(stand.setup, stand.folder, record, notes.append, 0)
+        keeper = Keeper(stand.setup, stand.folder, record, notes.append, 0, Fingerprints(stand.setup, 0).expect)
         keeper.save(Progress(step=step))
         keeper.settle()
 
@@ -154,7 +170,7 @@ def count_the_moved(stand: Stand) -> bool:
     setup, moe = stand.setup, stand.setup.config.model.moe
     exchanges, each = find_exchanges(setup.stages.values()).values(), moe.experts // setup.mesh.degree(Axis.ep)
     ranks = [exchange.places // each for exchange in exchanges]
-    placer = Placer(setup.stages, setup.shards, setup.engine, setup.mesh, every=1)
+    placer = Placer(setup.stages, setup.shards, setup.engine, setup.average, setup.mesh, every=1)
     load = torch.where(torch.arange(moe.experts) < each, 100, 1)  # the first rank has all the work
     reported = placer.take(load.expand(len(setup.config.model.routed_blocks()), -1))
     changed = (exchange.places // each != before for exchange, before in zip(exchanges, ranks, strict=True))
@@ -224,6 +240,7 @@ def stay_together(stand: Stand, call: Callable[[], object]) -> bool:
 PROMISES: dict[str, Callable[[Stand], bool]] = {
     "stop": stop_together,
     "hear": hear_everybody,
+    "compare": compare_together,
     "give up": give_up_together,
     "go back": go_back_together,
     "refuse": refuse_together,
@@ -237,6 +254,7 @@ PROMISES: dict[str, Callable[[Stand], bool]] = {
     "begin": begin_profiles_together,
     "join": join_what_all_have_seen,
     "leave": leave_together,
+    **NEAR,
 }
 AGREE, EVALUATE, COLLECT = "training/agree.py", "training/evaluate.py", "training/gather.py"
 WAIT, OPEN = Site(AGREE, "wait_for_all", "any_rank"), Site("training/text.py", "open_shared_text", "wait_for_all")
@@ -251,17 +269,20 @@ HEAR, ANYTHING, WORDS = (
 KEEPER, RESUME = "training/checkpoint/keeper.py", "training/checkpoint/resume.py"
 SETTLE, REASONS = Site(KEEPER, "Keeper.settle", "agree"), Site(KEEPER, "Keeper._give_up", "tell")
 NEWEST, DAMAGE, REFUSAL = Site(RESUME, "_newest", "sum_over"), *(Site(RESUME, "resume", "tell", n) for n in (0, 1))
+COMPARE = Site("training/health/fingerprint.py", "compare_holders", "all_gather")
 LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))
 TRAVELLED = Site("training/microbatches.py", "total_travel", "sum_over")
 MOVED = Site("training/placer.py", "Placer.take", "sum_over")
 SEND, RECEIVE = Site(COLLECT, "_collect", "dist.send"), Site(COLLECT, "_collect", "dist.recv")
 BRING, FETCH = Site(COLLECT, "_bring", "dist.send"), Site(COLLECT, "_bring", "dist.recv")
 PROMISED = [
+    *NEAR_PROMISED,
     *(Break(site, "unheard", how="stop") for site in (STOP, SIGNS)),
     *(Break(site, "unheard", how="hear") for site in (HEAR, ANYTHING, WORDS)),
     *(Break(site, "unheard", how="give up") for site in (SETTLE, REASONS)),
     *(Break(site, "unheard", how="go back") for site in (NEWEST, DAMAGE)),
     Break(REFUSAL, "unheard", how="refuse"),
+    Break(COMPARE, "skipped", how="compare"),
     *(Break(site, kind, how="evaluate") for site in (LABELS, LOSS) for kind in ("own alone", "counted twice")),
     *(Break(TRAVELLED, kind, how="travel") for kind in ("own alone", "counted twice")),
     Break(SEND, "sent wrong", how="gather"),

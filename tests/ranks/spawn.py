@@ -43,7 +43,7 @@ class Answer(NamedTuple):
     error: str | None  # traceback
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
     """``function(rank, world, *args)`` on ``world`` ranks -> what each returned, by rank.
 
     ``function`` is importable; values and arguments are copied between processes. Raises RankError.

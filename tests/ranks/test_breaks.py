@@ -259,7 +259,7 @@ def judge() -> Callable[[Break], tuple[Report, int]]:
     def find(broken: Break) -> tuple[Report, int]:
         if broken not in found:
             some = [other for other in BREAKS + MOVES + CONTROLS if kin(other) == kin(broken)]
-            found.update(run_ranks(prove_broken, broken.ranks, some, timeout=110)[0])
+            found.update(run_ranks(prove_broken, broken.ranks, some)[0])
         return found[broken]
 
     return find

@@ -22,6 +22,7 @@ from parallel.config import EngineName, ParallelConfig, PipelineConfig, Schedule
 from parallel.mesh import Mesh
 from parallel.topology import Topology
 from training.checkpoint.folders import find, read_manifest
+from training.checkpoint.weights import open_weights
 from training.config import Precision
 from training.loop import train_on
 from training.metrics import read
@@ -113,7 +114,7 @@ def make(text: Path, layout: Layout, precision: Precision) -> TrainConfig:
         micro_batch=1,
     )
     config.parallel, config.run.sample.tokens = layout.parallel(), 0
-    config.checkpoint.every, config.checkpoint.keep = CUT, STEPS
+    config.checkpoint.every, config.checkpoint.keep, config.optimizer.ema = CUT, STEPS, 0.7
     return config
 
 
@@ -127,7 +128,7 @@ def train_rank(rank: int, world: int, topology: Topology, config: TrainConfig, f
 def run(text: Path, layout: Layout, precision: Precision, folder: Path) -> str:
     """Trains to the end, from wherever ``folder`` has come to: what rank 0 printed."""
     shown: str = run_ranks(
-        train_rank, layout.topology.world, layout.topology, make(text, layout, precision), str(folder), timeout=100
+        train_rank, layout.topology.world, layout.topology, make(text, layout, precision), str(folder)
     )[0]
     return shown
 
@@ -187,6 +188,7 @@ def check(runs: Runs, source: Layout, target: Layout, folder: Path) -> None:
         assert [row[name] for name in exact] == [expected[name] for name in exact]
     if tolerance == 1e-9:
         check_weights(folder, whole)
+        check_average(folder, whole)
     kinds = [row["step"] for row in read(folder / "metrics.jsonl", "resume")]
     assert kinds == [CUT] and find(folder / "checkpoints") == [4, 6]
 
@@ -197,6 +199,16 @@ def check_weights(folder: Path, whole: Path) -> None:
     assert saved.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (saved[name] - tensor).abs().max() <= 1e-9 * tensor.abs().max().clamp(1e-9), name
+
+
+def check_average(folder: Path, whole: Path) -> None:
+    """That of the weights over all steps."""
+    places = [path / "checkpoints" / f"{STEPS:08}" for path in (folder, whole)]
+    model = make(folder, Layout(), Precision.fp64).model
+    found, wanted = (open_weights(place, read_manifest(place), model, average=True) for place in places)
+    for name in wanted.shapes():
+        expected = wanted.read(name)
+        assert (found.read(name) - expected).abs().max() <= 1e-9 * expected.abs().max().clamp(1e-9), name
 
 
 @pytest.mark.parametrize(("source", "target"), draw_pairs(LAYOUTS, 12, seed=5), ids=str)

@@ -121,7 +121,7 @@ def compare(rank: int, world: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.full)])
 def test_values_and_gradients_are_the_plain_ones(world: int) -> None:
-    for found in run_ranks(compare, world, timeout=110):
+    for found in run_ranks(compare, world):
         assert len(found) == 24 and max(found.values()) < 1e-13, found
 
 

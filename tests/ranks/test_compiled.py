@@ -64,10 +64,9 @@ def take_step(mesh: Mesh, eager: Transformer, compiled: Transformer, step: int) 
 
 
 @pytest.mark.full
-@pytest.mark.timeout(330)
 @pytest.mark.parametrize("topology", [Topology(dp=2, ep=2), Topology(tp=2, ep=2)], ids=str)
 def test_compiled_segments_are_the_eager_ones(topology: Topology) -> None:
-    for seen in run_ranks(compare, topology.world, topology, timeout=300):
+    for seen in run_ranks(compare, topology.world, topology):
         assert seen.apart < 1e-12, seen
         assert seen.graphs[0] and len(set(seen.graphs[FIRST - 1 :])) == 1, seen
         assert len(seen.arrivals) > 2, "every step was like the others"

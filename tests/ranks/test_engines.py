@@ -134,7 +134,7 @@ def compare_all(rank: int, world: int, cases: list[tuple[Any, ...]]) -> list[Fou
 
 
 def check(cases: list[tuple[Any, ...]], masters: float, norms: float) -> None:
-    for reports in run_ranks(compare_all, cases[0][1].world, cases, timeout=110):
+    for reports in run_ranks(compare_all, cases[0][1].world, cases):
         for case, found in zip(cases, reports, strict=True):
             assert found.masters < masters and found.after < masters, (case, found)
             assert found.norms < norms and found.factors < norms, (case, found)

@@ -76,13 +76,13 @@ MANY[3] = replace(MANY[3], steps=1)  # later ones start from weights that were r
 
 @pytest.mark.parametrize("case", FEW, ids=describe)
 def test_layout_equals_the_plain_model_in_fp8(case: Case) -> None:
-    check(case, patience=120)
+    check(case)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", MANY, ids=describe)
 def test_more_layouts_equal_the_plain_model_in_fp8(case: Case) -> None:
-    check(case, patience=120)
+    check(case)
 
 
 class Alone:

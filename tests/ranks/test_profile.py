@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import make_config
-from small_runs import make_run, write_text
+from small_runs import make_run
 from spawn import run_ranks
 
 from configs.schema import TrainConfig
@@ -48,13 +48,6 @@ def run(
     said = run_ranks(train_rank, topology.world, topology, config, str(own))
     rows = read(own / "metrics.jsonl", "step")
     return [[row[key] for key in ("loss", "mtp_losses", "aux", "grad_norm")] for row in rows], own, said[0]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
 
 
 def open_trace(own: Path) -> list[Event]:

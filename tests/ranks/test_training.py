@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import make_config
-from small_runs import make_run, open_run, write_text
+from small_runs import make_run, open_run
 from spawn import run_ranks
 from torch import Tensor
 
@@ -38,13 +38,6 @@ from training.step import run_step
 from training.weights import build_parts
 
 ALONE = Topology()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +168,7 @@ def test_without_saved_weights_a_spread_model_has_no_sample(text: Path, tmp_path
     config.checkpoint.save = False
     topology = Topology(dp=2, ep=2)
     (_, shown), _ = run_ranks(train_rank, 2, topology, config, str(tmp_path))
-    assert "no sample" in shown and sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert "no sample" in shown and sorted(path.name for path in tmp_path.iterdir()) == ["logs", "metrics.jsonl"]
 
 
 def fail_to_fit(rank: int, world: int, config: TrainConfig, folder: str) -> str:

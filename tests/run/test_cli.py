@@ -48,7 +48,7 @@ def test_help_of_a_verb_lists_every_key(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    first, _, summary, *_ = lines(capsys, verb, "-h")
+    first, _, summary, *_ = lines(capsys, *verb.split(), "-h")
     assert first.startswith(f"usage: shoestring {verb}") and len(summary) > 10
 
 

@@ -64,6 +64,7 @@ OVERRIDES = {
     "optimizer.rate.warmup_steps=-1": "must not be negative",
     "optimizer.rate.stable=0.5": "must be null with optimizer.rate.shape=cosine",
     "run.steps=-3": "must be positive",
+    "checkpoint.folder=s3://": "must be a folder, or a URL such as s3://bucket/prefix (null: in the run's own)",
     "run.global_batch=0": "must be positive",
     "run.micro_batch=3": "must divide run.global_batch=8",
     "run.ramp.start=5": "must be a multiple of run.micro_batch=8",

@@ -57,7 +57,7 @@ def train(folder: Path, start: list[str], *overrides: str) -> subprocess.Complet
     """Runs the command in ``folder`` on two ranks, the second of them by ``dp`` where nobody else starts it."""
     dp = [] if start is TORCHRUN else ["parallel.dp=2"]
     command = [*start, *WORDS, *dp, *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
 def find_only(folder: Path) -> proofs.Proof:

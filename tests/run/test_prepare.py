@@ -18,7 +18,7 @@ LINE = "The quick brown fox, number {}, jumps over the lazy dog; naÃ¯ve words, æ
 
 def prepare(*overrides: str, folder: Path, code: int = 0) -> str:
     """Runs the command in ``folder``; returns what it printed."""
-    done = subprocess.run([*COMMAND, *overrides], cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*COMMAND, *overrides], cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -105,7 +105,7 @@ def test_workers_end_when_nobody_listens(text: Path, tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
-    process.communicate(timeout=20)  # standard error is shared with the workers: it ends when they have
+    process.communicate(timeout=120)  # standard error is shared with the workers: it ends when they have
     prepare(f"data.corpus=[{text}]", folder=tmp_path)
     assert not list((tmp_path / "data").rglob("*.partial"))
 
@@ -116,7 +116,7 @@ def test_interrupted_it_says_so_and_continues(text: Path, tmp_path: Path) -> Non
         assert process.poll() is None
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and b"Traceback" not in errors
     prepare(f"data.corpus=[{text}]", folder=tmp_path)
 

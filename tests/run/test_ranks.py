@@ -21,7 +21,7 @@ from training.determinism import count_cores
 
 TRAIN = [sys.executable, "-m", "launcher.train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launcher.train"]
-WORDS = ["data.corpus=[text.txt]", *SMALL, "precision=fp32", "verify=skip"]
+WORDS = ["data.corpus=[text.txt]", *SMALL, "precision=fp32", "verify=skip", "run.restarts=0"]
 LONG = ["run.steps=100000", "run.eval_every=0"]
 TWO = ["parallel.dp=2", "parallel.ep=2"]
 
@@ -44,7 +44,7 @@ def train(folder: Path, start: list[str], *overrides: str, code: int = 0, **envi
         env={**os.environ, "OMP_NUM_THREADS": "3", **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout, done.stderr
@@ -119,7 +119,7 @@ def test_a_run_starts_its_own_ranks(folder: Path) -> None:
     assert (start["ranks"], start["threads"]) == (2, max(1, count_cores() // 2)), "whatever OMP_NUM_THREADS says"
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "command.txt", "weights", "sample.txt", "logs"}
     logs = {path.relative_to(run / "logs").as_posix(): path.read_text() for path in run.glob("logs/*/*")}
-    assert set(logs) == {f"rank{rank}/std{kind}.log" for rank in (0, 1) for kind in ("out", "err")}
+    assert set(logs) == {f"rank{n}/{name}" for n in (0, 1) for name in ("stdout.log", "stderr.log", "heartbeat.json")}
     skipped = "verify=skip: dp=2 tp=1 ep=2, engine native starts without a proof\n"
     assert json.loads((run / "proof.json").read_text()) == {"verify": "skip"}
     assert out == skipped + "run runs/own\n" + logs["rank0/stdout.log"] and "finished after 8 of 8 steps" in out
@@ -148,7 +148,7 @@ def test_ranks_with_different_configurations_do_not_start(folder: Path) -> None:
         environment = {**os.environ, **meeting, "RANK": str(rank), "WORLD_SIZE": "2"}
         command = [*TRAIN, *WORDS, "run.id=apart", f"optimizer.lr=0.00{rank + 1}", f"run.seed={rank}"]
         ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert "optimizer.lr=0.002 on rank 1, 0.001 on rank 0: start every rank with the same command" in said[0]
     assert said[1] == "" and not (folder / "runs" / "apart").exists()
@@ -160,9 +160,9 @@ def test_a_killed_rank_is_reported_and_ends_the_others(folder: Path) -> None:
             assert addresses(pid) <= {"0100007F", "0000000000000000FFFF00000100007F"}, "only this machine may connect"
         assert addresses(process.pid)
         os.kill(ranks[1], signal.SIGKILL)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert err.splitlines()[0] == "shoestring: rank 1 was ended by SIGKILL"
+    assert re.match(r"shoestring: rank 1 was ended by SIGKILL in \w+", err.splitlines()[0])
     assert "then rank 0 lost its connection" in err or "then rank 0 was ended by SIGTERM" in err
     assert "every rank's output is in runs/killed/logs" in err
 
@@ -184,9 +184,12 @@ def test_an_exception_in_a_rank_is_reported_first(folder: Path) -> None:
     )
     out, err = train(folder, TRAIN, *TWO, "run.id=broken", code=1, PYTHONPATH=str(broken))
     first, *rest = err.splitlines()
-    assert first == "shoestring: rank 1 raised AssertionError: broken on purpose"
+    assert first == "shoestring: rank 1 raised AssertionError: broken on purpose in sitecustomize.break_at_two"
+    record = json.loads((folder / "runs" / "broken" / "logs" / "rank1" / "record.json").read_text())
+    assert record["rank"] == 1 and record["error"] == "AssertionError: broken on purpose"
+    assert abs(record["time"] / 1e9 - time.time()) < 120 and "break_at_two" in record["stack"]
     assert rest[:2] == ["--- the end of runs/broken/logs/rank1/stdout.log", "about to take step 0"]
-    assert err.count("Traceback") == 1 and err.index("about to take step 2") < err.index("break_at_two")
+    assert err.count("Traceback") == 1 and err.index("about to take step 2") < err.rindex("break_at_two")
     assert "Traceback" not in out
     assert "broken on purpose" in (folder / "runs" / "broken" / "logs" / "rank1" / "stderr.log").read_text()
 
@@ -208,7 +211,7 @@ def test_under_torchrun_rank_0_alone_prints_a_mistake(folder: Path) -> None:
 def test_ctrl_c_saves_what_the_ranks_have(folder: Path) -> None:
     with running(folder, "run.id=stopped") as (process, _):
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (130, "")
     run = folder / "runs" / "stopped"
     taken = len(rows(run, "step"))
@@ -223,5 +226,5 @@ def test_ctrl_c_saves_what_the_ranks_have(folder: Path) -> None:
 def test_ranks_end_with_the_process_that_started_them(folder: Path, number: signal.Signals) -> None:
     with running(folder, f"run.id={number.name}") as (process, _):
         process.send_signal(number)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
     assert process.returncode == (128 + number if number is signal.SIGTERM else -number)

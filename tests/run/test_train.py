@@ -31,7 +31,7 @@ def train(folder: Path, *overrides: str, code: int = 0, **environment: str) -> s
     """Runs the command in ``folder``; returns what it printed."""
     words = [*COMMAND, "data.corpus=[text.txt]", *SMALL, *overrides]
     done = subprocess.run(
-        words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100
+        words, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -105,7 +105,7 @@ def test_ctrl_c_saves_what_there_is(folder: Path, printed: str) -> None:
             break
     said.append(process.stdout.read())
     process.stdout.close()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=240) == 130
     text, run = "".join(said), folder / "runs" / "stopped"
     taken = len(rows(run, "step"))
     assert f"interrupted after {taken} of 100000 steps" in text and 0 < taken < 100000

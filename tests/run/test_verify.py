@@ -26,7 +26,7 @@ ADAM = OptimizerConfig(lr=1e-3, clip=0.3)
 def test_a_layout_is_proved_and_recorded(engine: str, tmp_path: Path) -> None:
     layout = ["parallel.dp=2", "parallel.ep=2", f"parallel.engine={engine}"]
     command = [str(ROOT / ".venv/bin/shoestring"), "verify", "run=tiny", *layout, f"proofs={tmp_path / 'kept'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr + done.stdout
     lines = done.stdout.splitlines()
     assert lines[0] == f"dp=2 tp=1 ep=2, engine {engine}, spread" and "FAILED" not in done.stdout
@@ -41,7 +41,7 @@ def test_a_layout_is_proved_and_recorded(engine: str, tmp_path: Path) -> None:
 def test_a_pipeline_is_proved_and_recorded(tmp_path: Path) -> None:
     layout = ["parallel.pp=2", "parallel.pipeline.schedule=zb_v", "run.micro_batch=1"]
     command = [str(ROOT / ".venv/bin/shoestring"), "verify", "run=tiny", *layout, f"proofs={tmp_path / 'kept'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.startswith("pp=2 dp=1 tp=1 ep=1, zb_v, engine native, spread\n") and "FAILED" not in done.stdout
     (path,) = (tmp_path / "kept").iterdir()

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,13 @@ WHOLE = {
     "places/block": torch.tensor([3, 1, 0, 2]),
     "buffer/scale": torch.tensor(2.5),
     "rng/0": torch.arange(7, dtype=torch.uint8),
+}
+
+
+FACTS = {
+    **{"step": 10, "tokens": 2560, "updates": 10, "since_move": 0, "skipped": 0, "seconds": 1.5},
+    "topology": {"pp": 1, "dp": 2, "cp": 1, "tp": 1, "ep": 1},
+    "config": {"model": {}, "precision": "fp32", "parallel": {"engine": "native"}},
 }
 
 
@@ -63,7 +71,7 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoints" / "00000010"
     folder.mkdir(parents=True)
     for rank, chunks in enumerate(RANKS):
-        write_part(folder, rank, chunks, {"step": 10} if not rank else {})
+        write_part(folder, rank, chunks, FACTS if not rank else {})
     assert not folders.find(folder.parent)
     commit(folder, 2)
     return folder
@@ -113,7 +121,7 @@ def test_a_part_of_a_large_tensor_is_read_by_blocks(tmp_path: Path) -> None:
     """What lies outside of the blocks that hold the part may be anything."""
     rows = 3 * BLOCK // 1024 + 5
     whole = torch.arange(rows * 256, dtype=torch.int32).view(torch.float32).view(rows, 256)
-    write_part(tmp_path, 0, [Chunk("a", (rows, 256), (0, 0), whole)], {})
+    write_part(tmp_path, 0, [Chunk("a", (rows, 256), (0, 0), whole)], FACTS)
     commit(tmp_path, 1)
     found = folders.read_manifest(tmp_path)
     (piece,) = found.tensors["a"].pieces
@@ -172,6 +180,12 @@ MISHAPS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no number": (rewrite(lambda c: piece(c).update(shape=["4", 3])), "must be whole numbers"),
     "another folder": (rewrite(lambda c: piece(c).update(file="../../passwd")), "is not the name of a file beside it"),
     "a checksum": (rewrite(lambda c: piece(c).update(sha256=[])), "master/weight has 0 checksums"),
+    "a fact": (rewrite(lambda c: c["run"].pop("tokens")), r"manifest\.json: run\.tokens is missing"),
+    "no facts": (rewrite(lambda c: c.update(run={})), r"manifest\.json: run\.step is missing"),
+    "a fact inside": (rewrite(lambda c: c["run"]["config"].pop("parallel")), r"run\.config\.parallel is missing"),
+    "a fact of another kind": (rewrite(lambda c: c["run"].update(updates="3")), r"run\.updates must be a whole number"),
+    "a fact below zero": (rewrite(lambda c: c["run"].update(step=-1)), r"run\.step must be .* negative, not -1"),
+    "a section that is none": (rewrite(lambda c: c["run"].update(topology=[1])), r"run\.topology must be a section"),
     "a lie": (rewrite(lambda c: piece(c).update(at=8)), "is damaged"),
 }
 
@@ -206,8 +220,8 @@ def test_nothing_is_executed(saved: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name / name).write_bytes(hostile)
         with pytest.raises(DamagedError):
             load(tmp_path / name, folders.read_manifest(tmp_path / name), empty(RANKS[0]))
-    rewrite(lambda c: c["run"].update(config="${oc.env:HOME}", step="__import__('os').system('touch x')"))(saved)
-    assert folders.read_manifest(saved).run["config"] == "${oc.env:HOME}"
+    rewrite(lambda c: c["run"].update(note="${oc.env:HOME}", torch="__import__('os').system('touch x')"))(saved)
+    assert folders.read_manifest(saved).run["note"] == "${oc.env:HOME}"
     assert not (tmp_path / "went off").exists()
 
 
@@ -229,9 +243,19 @@ def test_ranks_of_several_minds(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     (tmp_path / "00003.safetensors").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device.*[mv]/a.*00003\.safetensors"):
+    with pytest.raises(OSError, match=r"No space left on device, while writing its header.*00003\.safetensors"):
         write_part(tmp_path, 3, [Chunk(f"{kind}/a", (2**17,), (0,), torch.zeros(2**17)) for kind in "mv"], {})
     assert not (tmp_path / "00003.json").exists()
+
+
+def test_the_tensor_is_named_that_finds_no_room(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 2**18, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large, while writing v/a.*00003\.safetensors"):
+            write_part(tmp_path, 3, [Chunk(f"{kind}/a", (2**17,), (0,), torch.zeros(2**17)) for kind in "mvx"], {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_old_checkpoints_go(saved: Path) -> None:

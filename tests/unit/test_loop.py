@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import make_config
-from small_runs import make_run, open_run, write_text
+from small_runs import make_run, open_run
 
 from model.huggingface import export
 from training import loop
@@ -24,14 +24,6 @@ from training.metrics import read
 from training.restore import restore
 from training.save import open_saved
 from training.setup import Setup
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of text, and its tokens from the first test on."""
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
 
 
 def losses(text: Path, path: Path, **changes: Any) -> list[tuple[float, float]]:
@@ -139,7 +131,7 @@ def test_nothing_is_saved_when_not_wanted(text: Path, tmp_path: Path) -> None:
     config.checkpoint.save = False
     config.run.sample.tokens = 0
     train(config, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["logs", "metrics.jsonl"]
 
 
 def test_the_first_interrupt_asks_and_the_second_stops() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from training.config import Sink
 from training.metrics import Record, StepRow, read
-from training.sinks import open_sinks, scalars
+from training.sinks import open_record, open_sinks, scalars
 
 
 def row(step: int = 0, **changes: Any) -> StepRow:
@@ -100,6 +100,35 @@ def test_a_missing_package_is_named_with_its_extra(sink: Sink, tmp_path: Path, m
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == sink.value else present(name))
     with pytest.raises(ValueError, match=rf"run\.sinks: {sink}.*pip install 'shoestring\[{sink}\]'"):
         open_sinks([sink], tmp_path)
+
+
+def test_tensorboard_shows_a_step_once(tmp_path: Path) -> None:
+    """A run of four steps goes on from the second: what its files had behind it is hidden."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begun, losses in ((0, [5.0, 4.0, 3.0, 2.0]), (2, [3.5, 2.5])):
+        with open_record([Sink.tensorboard], tmp_path) as record:
+            record.rewind(begun)
+            record.write("start", threads=1)
+            for step, loss in enumerate(losses, start=begun):
+                record.write_step(row(step=step, loss=loss))
+            record.write("eval", step=begun + 1, loss=9.0)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in found.Scalars("step/loss")]
+    assert shown == [(0, 5.0), (1, 4.0), (2, 3.5), (3, 2.5)]
+    assert [(event.step, event.value) for event in found.Scalars("eval/loss")] == [(1, 9.0), (3, 9.0)]
+
+
+def test_weights_and_biases_go_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for begun in (0, 1):
+        with open_record([Sink.wandb], tmp_path) as record:
+            record.rewind(begun)
+            record.write("start", threads=1 + begun)
+            record.write_step(row(step=begun))
+    files = [path.name for path in (tmp_path / "wandb").rglob("run-*.wandb")]
+    assert len(files) == 2 and set(files) == {f"run-{(tmp_path / 'wandb-id.txt').read_text()}.wandb"}
 
 
 def test_lines_are_json(tmp_path: Path) -> None:

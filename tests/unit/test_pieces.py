@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 
-from training.pieces import ALIGNMENT, Slot, align, cut_rows, fill_buckets, find_rectangles, lay_out
+from training.pieces import ALIGNMENT, Slot, align, cut_range, cut_rows, fill_buckets, find_rectangles, lay_out
 
 DRAWN = random.Random(0)  # noqa: S311 (shapes)
 
@@ -63,3 +63,17 @@ def test_rectangles_tile_the_rows_in_order() -> None:
             ]
             assert torch.equal(torch.cat(found), whole.flatten()[start:stop])
             assert len(found) <= 2 * len(shape) - 1
+
+
+@pytest.mark.parametrize("shape", [(7,), (1,), (3, 5), (4, 1), (2, 3, 4), (3, 2, 2, 5)], ids=str)
+def test_rectangles_are_a_range_that_cuts_rows(shape: tuple[int, ...]) -> None:
+    """What DeepSpeed owns of a parameter is such a range, and so is a block of a checkpoint."""
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    generator = random.Random(0)  # noqa: S311 (no secret)
+    for _ in range(50):
+        start, stop = sorted(generator.choices(range(whole.numel() + 1), k=2))
+        found = [
+            whole[tuple(slice(first, first + size) for first, size in zip(offset, extent, strict=True))].flatten()
+            for offset, extent in cut_range(shape, range(start, stop))
+        ]
+        assert torch.cat([torch.empty(0, dtype=torch.int64), *found]).tolist() == list(range(start, stop))

@@ -4,19 +4,23 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from small_models import make_config
-from small_runs import make_run, write_text
+from small_runs import make_run
 
 from training import steps
-from training.checkpoint import folders
+from training.checkpoint import folders, near
 from training.checkpoint.manifest import MANIFEST
+from training.checkpoint.neighbour import Neighbour
 from training.checkpoint.plan import load
+from training.checkpoint.staging import Staged
 from training.chunk import Chunk
 from training.config import Precision
 from training.finish import Ending
@@ -25,13 +29,6 @@ from training.loop import train
 from training.metrics import read
 from training.ramp import BatchSchedule, Level
 from training.step import run_step
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
 
 
 def make(text: Path, *, every: int = 2, keep: int = 9, minutes: float | None = None, **changes: Any) -> Any:
@@ -159,9 +156,9 @@ def test_ctrl_c_leaves_a_checkpoint(text: Path, whole: Path, tmp_path: Path, mon
         entered.append(interrupt)
         return enter(interrupt)
 
-    def press(setup: Any, step: int, stop: Any) -> Any:
+    def press(setup: Any, step: int, *others: Any) -> Any:
         entered[-1].asked = step == 3
-        return run_step(setup, step, stop)
+        return run_step(setup, step, *others)
 
     monkeypatch.setattr(Interrupt, "__enter__", remember)
     monkeypatch.setattr(steps, "run_step", press)
@@ -179,6 +176,54 @@ def test_the_clock_makes_checkpoints_too(text: Path, tmp_path: Path) -> None:
     assert found == sorted(set(found)) and (found[0], found[-1]) == (1, 6)
     assert folders.find(tmp_path / "checkpoints") == found[-2:]
     assert all(0 < row["stall_seconds"] <= row["seconds"] and row["bytes"] > 10**5 for row in kept)
+
+
+def dawdle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are not made before somebody has waited for them for some time, or long has."""
+    copy, wait, waited = Staged._copy, Staged.wait, set[Event]()
+
+    def copy_late(staged: Staged) -> None:
+        deadline = time.monotonic() + 2
+        while staged.filled not in waited and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        copy(staged)
+
+    def wait_early(staged: Staged) -> None:
+        waited.add(staged.filled)
+        wait(staged)
+
+    monkeypatch.setattr(Staged, "_copy", copy_late)
+    monkeypatch.setattr(Staged, "wait", wait_early)
+
+
+def test_state_waits_for_its_copy(text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is made beside the next step, and here takes longer than that."""
+    dawdle(monkeypatch)
+    train(make(text), tmp_path)
+    assert rows(tmp_path) == rows(whole)
+    for step in (2, 4, 6):
+        found, wanted = (folders.read_manifest(folders.locate(run / "checkpoints", step)) for run in (tmp_path, whole))
+        assert found.tensors == wanted.tensors
+    assert all(row["stall_seconds"] > 0.2 for row in read(tmp_path / "metrics.jsonl", "checkpoint")[:2])
+
+
+def test_state_waits_for_its_near_copy(
+    text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(text, every=0)
+    config.checkpoint.near_every, config.checkpoint.near_folder = 2, str(tmp_path / "near")
+    dawdle(monkeypatch)
+    monkeypatch.setattr(Neighbour, "_discard", lambda *args: None)
+    train(config, tmp_path)
+    for step in (2, 4):
+        wanted = folders.read_manifest(folders.locate(whole / "checkpoints", step)).tensors
+        (place,) = tmp_path.glob(f"near/*/*/{step:08}")
+        found = near.read_manifest(place, 0).tensors
+        assert found.keys() == wanted.keys()
+        for name, stored in wanted.items():
+            assert [piece.sha256 for piece in found[name].pieces] == [piece.sha256 for piece in stored.pieces], name
+    assert all(row["stall_seconds"] > 0.2 for row in read(tmp_path / "metrics.jsonl", "near_copy"))
 
 
 def test_a_run_that_asks_for_none_has_none(text: Path, tmp_path: Path) -> None:
@@ -255,8 +300,8 @@ def test_the_page_reads_what_a_run_writes(whole: Path) -> None:
 def test_skipped_steps_are_counted_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two are allowed to follow each other: the third ends the run, though it is the first since the run went on."""
 
-    def spoil(setup: Any, step: int, stop: Any) -> Any:
-        row = run_step(setup, step, stop)
+    def spoil(setup: Any, step: int, *others: Any) -> Any:
+        row = run_step(setup, step, *others)
         assert row is not None
         return replace(row, skipped=step >= 1)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import make_config
-from small_runs import WORDS, make_run, open_run, write_text
+from small_runs import WORDS, make_run, open_run
 from torch import Tensor
 
 from model.batch import count_labels
@@ -27,14 +27,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(16):
         words = [WORDS[(5 * i + number) % len(WORDS)] for i in range(1 + 3 * (number % 4))]
         (folder / f"page{number:02}.txt").write_text(" ".join(words))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of text."""
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
     return folder
 
 

@@ -8,9 +8,10 @@ for the whole one), so ``Chunks`` plans for those. Neither loads anything but JS
 unpickles its metadata.
 """
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,19 +26,22 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
-from training.checkpoint.files import read_rows
+from parallel.doing import Doing
+from training.checkpoint.files import Blocks, name_dtype, read_blocks
 from training.checkpoint.folders import read_manifest
-from training.checkpoint.manifest import MANIFEST, Manifest, Piece, Stored
+from training.checkpoint.manifest import BLOCK, MANIFEST, Manifest, Piece, Stored
+from training.checkpoint.place import Place, parse
 from training.chunk import Chunk
 
 
-def load(folder: Path, manifest: Manifest, chunks: Sequence[Chunk]) -> None:
-    """Fills every tensor of ``chunks``, in its own dtype, from the checkpoint in ``folder``.
+def load(folder: Place, manifest: Manifest, chunks: Sequence[Chunk], share: int = 1) -> None:
+    """Fills every tensor of ``chunks``, in its own dtype, from the checkpoint in ``folder``; one in ``share`` blocks is
+    compared with its checksum.
 
     Raises ValueError, naming it, for a tensor that the checkpoint has not, or has in another shape; DamagedError where
     its files are not what was written.
     """
-    reader, planner = Reader(folder, manifest), Chunks(chunks)
+    reader, planner = Reader(folder, manifest, share), Chunks(chunks)
     planner.set_up_planner({}, reader.read_metadata())
     reader.read_data(planner.create_local_plan(), planner).wait()
 
@@ -101,20 +105,20 @@ class Chunks(LoadPlanner):
 class Reader(StorageReader):
     """A checkpoint of ours, as torch.distributed.checkpoint reads one."""
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
-        """Reads the manifest of ``folder`` where none is given."""
-        self._folder = folder
+    def __init__(self, folder: Place, manifest: Manifest | None = None, share: int = 1) -> None:
+        """Reads the manifest of ``folder`` where none is given. One in ``share`` blocks is compared."""
+        self._folder, self._share = folder, share
         self._manifest = manifest or read_manifest(folder)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Whether it is a folder with a manifest."""
-        return (Path(checkpoint_id) / MANIFEST).is_file()
+        """Whether it is the path, or the URL, of a folder with a manifest."""
+        return (parse(str(checkpoint_id)) / MANIFEST).exists()
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """From now on another checkpoint, if one is given."""
         if checkpoint_id is not None:
-            self.__init__(Path(checkpoint_id))  # type: ignore[misc]
+            self.__init__(parse(str(checkpoint_id)))  # type: ignore[misc]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The manifest, in torch's terms."""
@@ -132,20 +136,77 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Reads, checks and copies all items, one after the other: at most one piece is in memory."""
-        for item in plan.items:
-            name = item.storage_index.fqn
-            stored = self._manifest.tensors[name]
-            piece = _find(stored, item.storage_index)
-            first = item.storage_offsets[0] if piece.shape else 0
-            rows = range(first, first + (item.lengths[0] if piece.shape else 1))
-            found = read_rows(self._folder, name, stored, piece, rows)
-            into = planner.resolve_tensor(item).detach()
-            into.copy_(_narrow(found, (0, *item.storage_offsets[1:]), item.lengths) if piece.shape else found)
-            planner.commit_tensor(item, into)
+        """Reads all items as they lie in the files; while one is read, the one before is checked and copied."""
+        parts = [self._locate(item, planner) for item in plan.items]
+        with futures.ThreadPoolExecutor(1, thread_name_prefix="check") as checking:
+            before: futures.Future[Any] = checking.submit(int)
+            for run in join(sorted(parts, key=lambda part: (part.piece.file, part.piece.at, part.rows.start))):
+                blocks = self._read(run)
+                before.result()
+                before = checking.submit(self._accept, run, blocks)
+            before.result()
+        for part in parts:
+            planner.commit_tensor(part.item, part.into)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _locate(self, item: ReadItem, planner: LoadPlanner) -> "Part":
+        stored = self._manifest.tensors[item.storage_index.fqn]
+        piece = _find(stored, item.storage_index)
+        first = item.storage_offsets[0] if piece.shape else 0
+        rows = range(first, first + (item.lengths[0] if piece.shape else 1))
+        return Part(item, stored, piece, rows, planner.resolve_tensor(item).detach())
+
+    def _read(self, run: list["Part"]) -> Blocks:
+        """The rows of a run; right where they are to be, if they are to be there as they are."""
+        item, stored, piece, _, into = run[0]
+        name, row = item.storage_index.fqn, math.prod(piece.shape[1:])
+        rows = span(run)
+        values = range(rows.start * row, rows.stop * row)
+        same = into.is_contiguous() and into.device.type == "cpu" and name_dtype(into.dtype) == stored.dtype
+        direct = into if same and len(run) == 1 and into.numel() == len(values) else None
+        with Doing(name):
+            return read_blocks(self._folder, name, stored, piece, values, direct)
+
+    def _accept(self, run: list["Part"], blocks: Blocks) -> None:
+        values, whole, shape = blocks.check(self._share).values(), span(run), run[0].piece.shape
+        if values.data_ptr() == run[0].into.data_ptr():
+            return
+        found = values.view((len(whole), *shape[1:]) if shape else ())
+        for item, _, _, rows, into in run:
+            first = rows.start - whole.start
+            into.copy_(_narrow(found, (first, *item.storage_offsets[1:]), item.lengths) if shape else found)
+
+
+class Part(NamedTuple):
+    """What an item reads, and where it goes."""
+
+    item: ReadItem
+    stored: Stored
+    piece: Piece
+    rows: range  # along its first dim; one of a piece without dims
+    into: Tensor
+
+
+def span(run: Sequence[Part]) -> range:
+    """All rows from the first to the last of a run."""
+    return range(run[0].rows.start, max(part.rows.stop for part in run))
+
+
+def join(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Runs of ``parts``, which come as they lie in the files: those of a piece of which the one behind begins in the
+    block that the one before ends in. Each block is read and checked once.
+    """
+    run: list[Part] = []
+    for part in parts:
+        row = part.stored.count_bytes(part.piece) // max(1, part.piece.shape[0] if part.piece.shape else 1)
+        if run and not (part.piece is run[0].piece and (part.rows.start - span(run).stop) * row < BLOCK):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
 
 
 def _describe(stored: Stored) -> TensorStorageMetadata:

@@ -3,15 +3,16 @@
     master/<parameter>, m/<p>, v/<p>    the engine's, each element on one rank; experts by their numbers, not slots
     buffer/<name>                       routers' biases; written by the first rank of the first stage that has them
     places/<block>                      the slot of every expert, where they move between ranks
+    ema/<parameter>                     their average, where there is one (training/average.py)
     placer/load                         what experts got since they last moved
     rng/<rank>                          the state of torch's generator: nothing draws from it in training
 
-A model's weights are its masters, rounded. Names, shapes and offsets are those of the whole model.
+Before the first update there may be no m and v. A model's weights are its masters, rounded. Names, shapes and offsets
+are those of the whole model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,14 @@ from torch import Tensor
 
 from parallel.exchange import find_exchanges
 from parallel.topology import Axis
-from training.checkpoint.manifest import Manifest
+from training.checkpoint.facts import check_model, has_average
+from training.checkpoint.folders import Manifest, Place
 from training.chunk import Chunk
+from training.config import SHARE
 from training.engine import State
 from training.setup import Setup
+
+MOMENTS = ("m/", "v/")
 
 
 @dataclass(slots=True)
@@ -32,15 +37,30 @@ class Progress:
     step: int = 0  # the next one
     skipped: int = 0  # steps in a row, just now, whose loss or gradient was not finite
     seconds: float = 0.0  # that it has taken, with what it took before it was resumed
+    best: tuple[
+        tuple[float, int], ...
+    ] = ()  # the lowest held-out losses, and the steps after which there is a checkpoint
+    near: bool = False  # begun from near copies: there may be no checkpoint of where that was
 
 
 def collect(setup: Setup) -> list[Chunk]:
     """This rank's part: views, together with all other ranks' each element once."""
     return [
-        *_number_experts(setup, setup.engine.state().chunks),
+        *_number_experts(setup, [*setup.engine.state().chunks, *setup.average.chunks()]),
         *(_whole(f"buffer/{name}", tensor) for name, tensor in _find_buffers(setup).items() if _writes(setup, name)),
         *(_whole(name, places) for name, places in _find_places(setup) if _writes(setup, name.partition("/")[2])),
         *([_whole("placer/load", setup.placer.load)] if setup.placer.load is not None and not setup.mesh.rank else []),
+        _whole(_name_generator(setup), torch.get_rng_state()),
+    ]
+
+
+def hold(setup: Setup) -> list[Chunk]:
+    """All that this rank would load: views, whatever other ranks have too. For ``read`` on the same rank."""
+    return [
+        *_number_experts(setup, [*setup.engine.held(), *setup.average.chunks()]),
+        *(_whole(f"buffer/{name}", tensor) for name, tensor in _find_buffers(setup).items()),
+        *(_whole(name, places) for name, places in _find_places(setup)),
+        *([_whole("placer/load", setup.placer.load)] if setup.placer.load is not None else []),
         _whole(_name_generator(setup), torch.get_rng_state()),
     ]
 
@@ -55,6 +75,7 @@ def describe(setup: Setup, progress: Progress) -> dict[str, Any]:
         "tokens": setup.schedule.before(progress.step) * length,
         "skipped": progress.skipped,
         "seconds": progress.seconds,
+        "best": progress.best,
         "updates": setup.engine.state().steps,
         "since_move": setup.placer.steps,
         "topology": {axis: topology.degree(Axis[axis]) for axis in ("pp", "dp", "cp", "tp", "ep")},
@@ -65,20 +86,21 @@ def describe(setup: Setup, progress: Progress) -> dict[str, Any]:
     }
 
 
-def read(setup: Setup, folder: Path, manifest: Manifest) -> None:
+def read(setup: Setup, folder: Place, manifest: Manifest) -> None:
     """Fills what this rank has from the checkpoint in ``folder``; no rank waits for another. ``accept`` follows.
 
     Raises as ``training.checkpoint.plan.load``, and ValueError for another model's checkpoint.
     """
     from training.checkpoint.plan import load  # which takes as long to load as all of ours
 
-    check_model(setup, manifest, folder)
+    share = SHARE[setup.config.checkpoint.check]
+    check_model(manifest, asdict(setup.config.model), str(folder), "choose another run.id for another model")
     if setup.config.parallel.rebalance_every:
         for name, places in _find_places(setup):
             if name in manifest.tensors:
-                load(folder, manifest, [_whole(name, places)])
+                load(folder, manifest, [_whole(name, places)], share)
     chunks = [
-        *_number_experts(setup, setup.engine.held()),
+        *_number_experts(setup, [*setup.engine.held(), *(setup.average.chunks() if has_average(manifest) else ())]),
         *(_whole(f"buffer/{name}", tensor) for name, tensor in _find_buffers(setup).items()),
     ]
     if "placer/load" in manifest.tensors:
@@ -88,7 +110,8 @@ def read(setup: Setup, folder: Path, manifest: Manifest) -> None:
     generator = torch.get_rng_state()
     if (name := _name_generator(setup)) in manifest.tensors:
         chunks.append(_whole(name, generator))
-    load(folder, manifest, chunks)
+    chunks = chunks if manifest.run["updates"] else list(_begin_moments(chunks, manifest))
+    load(folder, manifest, chunks, share)
     torch.set_rng_state(generator)
 
 
@@ -97,18 +120,19 @@ def accept(setup: Setup, manifest: Manifest) -> Progress:
     run = manifest.run
     setup.engine.load(State(int(run["updates"]), setup.engine.held()))
     setup.placer.steps = int(run["since_move"])
-    return Progress(int(run["step"]), int(run["skipped"]), float(run["seconds"]))
+    if not has_average(manifest):
+        setup.average.begin()
+    best = tuple((float(loss), int(step)) for loss, step in run.get("best", ()))
+    return Progress(int(run["step"]), int(run["skipped"]), float(run["seconds"]), best)
 
 
-def check_model(setup: Setup, manifest: Manifest, folder: Path) -> None:
-    """Raises ValueError, naming the first key, where the checkpoint is of another model."""
-    here, there = _flatten(asdict(setup.config.model)), _flatten(manifest.run["config"]["model"])
-    for key in sorted(here.keys() | there.keys()):
-        if here.get(key) != there.get(key):
-            raise ValueError(
-                f"model.{key}={here.get(key)} must be {there.get(key)}, as in the checkpoint {folder}: choose another "
-                "run.id for another model"
-            )
+def _begin_moments(chunks: Iterable[Chunk], manifest: Manifest) -> Iterator[Chunk]:
+    """What there is to load before the first update: moments that are not there are zero, as that update finds them."""
+    for chunk in chunks:
+        if chunk.name.startswith(MOMENTS) and chunk.name not in manifest.tensors:
+            chunk.tensor.zero_()
+        else:
+            yield chunk
 
 
 def _number_experts(setup: Setup, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -153,14 +177,3 @@ def _name_generator(setup: Setup) -> str:
 
 def _whole(name: str, tensor: Tensor) -> Chunk:
     return Chunk(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys with dots between; tuples as the lists that JSON makes of them."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
