@@ -1,5 +1,6 @@
 """Near copies of a run of one process: which are not made, and which are there when it has ended."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,12 @@ class CutOffError(Exception):
     """What a run is cut off by."""
 
 
-def make(text: Path, folder: Path, every: int = 100) -> Any:
+def make(text: Path, folder: Path, every: int = 100, elsewhere: Path | None = None) -> Any:
     config = make_run(text, eval_every=1)
     config.run.sample.tokens = 0
     config.checkpoint.every, config.checkpoint.minutes = every, None
     config.checkpoint.near_every, config.checkpoint.near_folder = 1, str(folder / "near")
+    config.checkpoint.folder = None if elsewhere is None else str(elsewhere)
     config.health.verify_every = 1
     return config
 
@@ -58,7 +60,7 @@ def at_cut(patch: pytest.MonkeyPatch, happen: Callable[[], object]) -> None:
     patch.setattr(steps, "run_step", take)
 
 
-def cut_off(text: Path, folder: Path, every: int = 100) -> None:
+def cut_off(text: Path, folder: Path, every: int = 100, elsewhere: Path | None = None) -> None:
     """Once the last copy, which is made in the background, is there."""
 
     def fail() -> None:
@@ -70,7 +72,7 @@ def cut_off(text: Path, folder: Path, every: int = 100) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOffError):
         at_cut(patch, fail)
-        train(make(text, folder, every), folder)
+        train(make(text, folder, every, elsewhere), folder)
 
 
 def interrupt(text: Path, folder: Path, every: int = 100) -> None:
@@ -130,3 +132,19 @@ def test_copies_stay_where_there_is_no_checkpoint(text: Path, whole: Path, tmp_p
     assert not folders.find(tmp_path / "checkpoints") and copies(tmp_path) == [f"{CUT:08}"]
     train(make(text, tmp_path, every=0), tmp_path)
     assert resumed(tmp_path) == [CUT, CUT] and rows(tmp_path) == rows(whole) and not copies(tmp_path)
+
+
+def test_a_checkpoint_elsewhere_that_is_newer_is_taken(
+    text: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``checkpoint.folder`` has it; copies of the same step, or of one before, are left alone."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    cut_off(text, run, 1, elsewhere)
+    assert folders.find(elsewhere / "run")[-1] >= CUT - 1
+    for newest in (run / "near").glob(f"*/*/{CUT:08}"):
+        shutil.rmtree(newest)
+    assert copies(run)[-1] == f"{CUT - 1:08}"
+    train(make(text, run, 1, elsewhere), run)
+    assert "near copies after" not in capsys.readouterr().out and rows(run) == rows(whole)
+    assert resumed(run)[0] >= CUT - 1

@@ -74,7 +74,7 @@ def _find(setup: Setup, folder: Path, root: Path) -> list[near.Has]:
     room = (KEPT + 1) * 2 * mesh.ranks_per_node
     table = torch.zeros(mesh.topology.world, 1 + room, 2, dtype=torch.int64)
     if mesh.rank == 0:
-        saved = folders.find(folder / folders.FOLDER)
+        saved = folders.find(folders.find_root(setup.config.checkpoint.folder, folder))
         table[0, 0] = torch.tensor([saved[-1] if saved else 0, _count_recorded(folder / "metrics.jsonl")])
     found = near.find(root) if folders.is_own(root.parent) else []
     for place, (step, owner) in enumerate(found[:room], start=1):
