@@ -6,7 +6,11 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: train test test-full check format clean
+# The oldest Triton that pyproject.toml takes: torch's build for CUDA brings it, beside that for CPUs lies the newest.
+OLD := $(shell sed -n 's/.*"triton>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLD_PATH := $(CURDIR)/.venv/triton-$(OLD)
+
+.PHONY: train test test-full test-cluster cluster-packages test-triton check format clean
 
 train: .venv/ready
 	$(BIN)/shoestring train parallel.pp=2 parallel.dp=2 parallel.ep=2 run.micro_batch=2
@@ -17,6 +21,30 @@ test: .venv/ready-test
 # What `make test` leaves out: the wide versions of tests, marked `full`.
 test-full: .venv/ready-test
 	$(PYTEST) tests -m "full and not gpu"
+
+# Tests on a real Slurm, which `make test` skips where there is none.
+test-cluster: cluster-packages .venv/ready-test
+	SHOESTRING_CLUSTER=required $(PYTEST) tests/cluster
+
+# Debian's packages for these, where one of their commands is missing.
+CLUSTER := slurmctld slurmd slurm-client openmpi-bin iproute2 procps
+cluster-packages:
+	@for program in slurmctld slurmd srun mpirun ip tc pkill; do \
+		PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing="$$missing $$program"; \
+	done; \
+	test -z "$$missing" || { test "$$(id -u)" = 0 && apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(CLUSTER); } || \
+		{ echo "missing:$$missing. As root: apt-get install --no-install-recommends $(CLUSTER)" >&2; exit 1; }
+# The tests of kernels once more on the oldest Triton, in a folder of its own that comes before what is installed: every
+# kernel compiled for every chip, the narrow tests in the interpreter.
+test-triton: .venv/ready-test $(OLD_PATH)
+	test "$$(PYTHONPATH=$(OLD_PATH) $(BIN)/python -c 'import triton; print(triton.__version__)')" = $(OLD)
+	PYTHONPATH=$(OLD_PATH) $(PYTEST) tests/unit/test_kernels_*.py -m "not gpu" -k "test_kernels_compile or not full"
+
+$(OLD_PATH): | .venv/ready
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$(OLD)
+	mv $@.part $@
 
 check: .venv/ready-test .venv/ready-check
 	$(BIN)/ruff check .

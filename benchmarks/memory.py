@@ -5,7 +5,8 @@
 
 counted   storages of all tensors that can be reached from the model and its engine, each once however many views of
           it: when the step's gradients are ``added up``, when ranks have ``summed`` them, and when the step is ``over``
-formula   for the first of these: bytes a parameter, from its dtype and the number of its holders alone (``FORMULAS``)
+formula   for the first of these: bytes a parameter, from its dtype and the number of its holders alone: see
+          training/footprint.py
 process   anonymous memory of the process then, all that is free given back, above what it had before the model; when
           the step is over; and at its peak, which has activations in it
 
@@ -20,10 +21,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -41,6 +41,7 @@ from parallel.topology import Axis, Topology
 from training.config import MomentDtype, OptimizerConfig
 from training.engine import Engine
 from training.engines import build_engine
+from training.footprint import FORMULAS, Bytes
 
 LAYOUTS = {
     "dp=1": Topology(),
@@ -51,24 +52,6 @@ LAYOUTS = {
 MICRO, LENGTH = 2, 64  # a micro-batch of a rank; two a step
 MIB = 2**20
 TITLES = ("weights", "moments", "added up", "summed", "over", "counted", "formula", "ratio", "then", "over", "peak")
-
-
-class Bytes(NamedTuple):
-    """A formula's, of one parameter."""
-
-    weights: float  # and masters
-    moments: float
-    gradients: float
-
-
-# c bytes of an element to compute with, w whether that is float32 already, m bytes of both moments, n holders.
-FORMULAS: dict[EngineName, Callable[[int, bool, int, int], Bytes]] = {
-    EngineName.native: lambda c, w, m, n: Bytes(c + (0 if w else 4 / n), m / n, 4),
-    EngineName.fsdp2: lambda c, w, m, n: Bytes(4 / n, m / n, 4 / n),
-    EngineName.zero1: lambda c, w, m, n: Bytes(c + 4 / n, m / n, 4),
-    EngineName.zero2: lambda c, w, m, n: Bytes(c + 4 / n, m / n, 4 / n),
-    EngineName.zero3: lambda c, w, m, n: Bytes((c + 4) / n, m / n, 4 / n),
-}
 
 
 def find_storages(*roots: object) -> dict[int, int]:

@@ -74,10 +74,10 @@ class Links(NamedTuple):
         """
         queue = describe(megabits)
         with inside(self.hub):
-            _command("tc", *(f"qdisc replace dev port{rank} root {queue}" for rank in range(len(self.ranks))))
+            command("tc", *(f"qdisc replace dev port{rank} root {queue}" for rank in range(len(self.ranks))))
         for path in self.ranks:
             with inside(path):
-                _command("tc", f"qdisc replace dev wire root {queue}")
+                command("tc", f"qdisc replace dev wire root {queue}")
 
 
 class Network:
@@ -102,7 +102,9 @@ class Network:
                 opened.callback(os.close, descriptor)
                 paths.append(f"/proc/{os.getpid()}/fd/{descriptor}")
             self.links = Links(paths[0], tuple(paths[1:]))
-            self._connect()
+            with inside(self.links.hub):
+                command("ip", "link add hub type bridge", "link set hub up")
+            self._connect(*range(self.ranks))
             self.shape(self.megabits)
             self._opened = opened.pop_all()
         return self
@@ -139,20 +141,35 @@ class Network:
                 for process in processes:
                     process.join()
 
-    def _connect(self) -> None:
+    def plug(self, rank: int, plugged: bool) -> None:
+        """Unplugs a rank's link at once (nothing arrives, nothing is refused), or plugs it in, within a second."""
+        with inside(self.links.hub):
+            command("ip", f"link set port{rank} {'up' if plugged else 'down'}")
+
+    def renew(self, rank: int) -> None:
+        """Gives a rank a new namespace and link: what is left of connections in the old one is never heard of again."""
+        with inside(self.links.hub):
+            command("ip", f"link delete port{rank}")
+        fresh = make_namespace(self.window)
+        os.dup2(fresh, int(Path(self.links.ranks[rank]).name), inheritable=False)
+        os.close(fresh)
+        self._connect(rank)
+
+    def _connect(self, *ranks: int) -> None:
         ports = [
             line
-            for rank, path in enumerate(self.links.ranks)
+            for rank in ranks
             for line in (
-                f"link add port{rank} mtu {MTU} type veth peer name wire mtu {MTU} netns {path}",
+                f"link add port{rank} mtu {MTU} type veth peer name wire mtu {MTU} address {hardware(rank)}"
+                f" netns {self.links.ranks[rank]}",
                 f"link set port{rank} master hub up",
             )
         ]
         with inside(self.links.hub):
-            _command("ip", "link add hub type bridge", "link set hub up", *ports)
-        for rank, path in enumerate(self.links.ranks):
-            with inside(path):
-                _command("ip", f"address add 10.77.0.{rank + 1}/24 dev wire", "link set wire up", "link set lo up")
+            command("ip", *ports)
+        for rank in ranks:
+            with inside(self.links.ranks[rank]):
+                command("ip", f"address add 10.77.0.{rank + 1}/24 dev wire", "link set wire up", "link set lo up")
 
 
 def describe(megabits: float | None) -> str:
@@ -163,6 +180,11 @@ def describe(megabits: float | None) -> str:
         raise ValueError(f"megabits={megabits} must be a rate in Mbit/s, at least 0.1, or None for no limit")
     burst = max(LEAST_BURST, round(megabits * 125e3 * BURST))
     return f"tbf rate {round(megabits * 1e6)}bit burst {burst} limit {ROOM + burst}"
+
+
+def hardware(rank: int) -> str:
+    """A rank's address on the wire, the same when it is renewed: its peers have it in their tables."""
+    return f"02:00:0a:4d:00:{rank + 1:02x}"
 
 
 def can_make() -> str | None:
@@ -221,8 +243,8 @@ def _system(name: str, *args: int) -> None:
         raise OSError(code, f"{name} of a network namespace: {os.strerror(code)}")
 
 
-def _command(program: str, *lines: str) -> None:
-    """Has `ip` or `tc` do ``lines``, in the namespace of this thread."""
+def command(program: str, *lines: str) -> None:
+    """Has `ip` or `tc` do ``lines``, in the namespace of this thread. Raises OSError."""
     done = subprocess.run([program, "-batch", "-"], input="\n".join(lines) + "\n", text=True, capture_output=True)
     if done.returncode:
         raise OSError(f"`{program}`: {' '.join(done.stderr.split())}")

@@ -1,23 +1,23 @@
 """The whole configuration, assembled from the rooms' own dataclasses. Loads no torch.
 
-TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run, health, profile
-RunConfig     what the launcher sees  TrainConfig + cluster, verify, proofs
+TrainConfig   what training sees      model, data, optimizer, parallel, precision, checkpoint, run, health, ...
+RunConfig     what the launcher sees  TrainConfig + cluster, network, preflight, verify, proofs
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from configs.cluster import ClusterConfig
+from configs.cluster import ClusterConfig, Scheduler
+from configs.network import NetworkConfig
+from configs.preflight import PreflightConfig
+from configs.world import check_sizes, fill
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
-from parallel.pipeline.schedules import SCHEDULES
-from parallel.rules import check, check_model, check_pipeline, check_tiles
-from parallel.topology import Topology
+from parallel.rules import check_model, check_pipeline, check_tiles
 from training.config import TILES, CheckpointConfig, DataConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
-from training.health.config import HealthConfig
-from training.ramp import batch_sizes
+from training.health.config import HealthConfig, TelemetryConfig
 from training.support import check as check_engine
-from training.support import check_compile, check_microbatches, check_overlap
+from training.support import check_overlap, check_splits
 
 BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
 
@@ -42,6 +42,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunSection
     health: HealthConfig = field(default_factory=HealthConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     init_from: str | None = None  # a folder of weights in Hugging Face format to start from
 
@@ -60,15 +61,11 @@ class TrainConfig:
             check_tiles(self.model, length, p.tp, TILES[self.precision])
         check_pipeline(self.model, p)
         check_overlap(p, self.run.device)
-        if p.pipeline.file is None:
-            name = p.schedule
-            check_compile(self.run.compile, f"parallel.pipeline.schedule={name}", SCHEDULES[name].splits)
+        check_splits(p, self.run.compile)
         if p.dp is None:  # known once the ranks are: checked again at start
             check_model(self.model, length, p)
         else:
-            topology = Topology(pp=p.pp, dp=p.dp, cp=p.cp, tp=p.tp, ep=p.ep)
-            check(self.model, length, batch_sizes(self.run), topology)
-            check_microbatches(p, self.run, length, p.dp)
+            check_sizes(p, p.dp, self.model, self.run, length)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,5 +73,13 @@ class RunConfig(TrainConfig):
     """What the launcher sees."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     verify: Verify = Verify.auto  # several ranks start with a passed proof; require: made before, skip: without
     proofs: str | None = None  # the folder of passed proofs, which machines may share; null: in the user's cache
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if self.cluster.scheduler is Scheduler.slurm:
+            replicas = fill(self.parallel, self.cluster)
+            check_sizes(self.parallel, replicas, self.model, self.run, self.data.sequence_length)

@@ -11,18 +11,15 @@ import io
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from launcher import folder, report
 from launcher.logs import RankLogs
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+from launcher.network import HERE, listen
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 PATIENCE = 3600  # seconds that ranks have to save after Ctrl-C; a second one ends them at once
@@ -41,7 +38,7 @@ def start(run: Path, world: int) -> int:
     terminal = sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # the agent writes rank 0's lines, and flushes none
-    store = _listen()
+    store = listen(HERE)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -49,9 +46,9 @@ def start(run: Path, world: int) -> int:
         run_id=run.name,
         role="",
         rdzv_backend="static",
-        rdzv_endpoint=f"127.0.0.1:{store.port}",
+        rdzv_endpoint=f"{HERE}:{store.port}",
         rdzv_configs={"rank": 0},
-        local_addr="127.0.0.1",
+        local_addr=HERE,
         max_restarts=0,
         log_line_prefix_template="${role_name}",  # nothing: with no template at all, the agent invents one
         logs_specs=cast(Any, RankLogs(run, terminal)),
@@ -75,25 +72,6 @@ def start(run: Path, world: int) -> int:
     return 0
 
 
-def _listen() -> "TCPStore":
-    """The store where the ranks meet. The agent's own would listen on every address of this machine."""
-    from torch.distributed import TCPStore
-
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        bound.listen(128)
-        port = bound.getsockname()[1]
-        # Several tenants: the agent, which opens a store at this address and port, gets this one.
-        return TCPStore(
-            "127.0.0.1",
-            port,
-            is_master=True,
-            multi_tenant=True,
-            wait_for_workers=False,
-            master_listen_fd=bound.detach(),
-        )
-
-
 def _words(run: Path) -> list[str]:
     """The interpreter's arguments. A folder that this process cannot import from, its ranks cannot either."""
     safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
@@ -105,7 +83,10 @@ def _report(run: Path, deaths: list[report.Death], terminal: bool) -> int:
     if terminal:
         print("\x1b[?25h", flush=True)  # a progress bar hid the cursor, and its line is open
     if (mistake := report.mistake(deaths)) is not None:
-        raise ValueError(mistake) from None
+        from launcher.preflight.unfit import UnfitError
+
+        raise (UnfitError if deaths[0].code == report.UNFIT else ValueError)(mistake) from None
+    report.keep_verdict(run, deaths)
     report.keep_traces(run, deaths)
     print(report.describe(run, deaths), file=sys.stderr)
     return 1

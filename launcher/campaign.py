@@ -15,10 +15,13 @@ from training.health.config import WHERE, FailAt, Fault, Phase
 SIGNS = {
     Fault.kill: r"rank {rank} was ended by SIGKILL",
     Fault.term: r"rank {rank} was ended by SIGTERM",
+    Fault.segv: r"rank {rank} was ended by SIGSEGV",
+    Fault.exit: r"rank {rank} ended with exit code 7",
     Fault.stop: r"rank {rank} is stuck",
+    Fault.stuck: r"rank {rank} is stuck",
     Fault.error: r"rank {rank} raised InjectedError",
     Fault.nan: r"some machine was wrong, not the data",
-    Fault.flip: r"CorruptionError: .*rank {rank}: weight/",
+    Fault.flip: r"CorruptionError: .*rank {rank}: (weight|master)/",  # one memory, where precision=fp32
     Fault.slow: r"rank {rank} is slow",
     Fault.full: r"no checkpoint after step .*rank {rank}: .*No space left on device",
     Fault.write: r"no checkpoint after step .*rank {rank}: .*Input/output error",

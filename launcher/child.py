@@ -1,59 +1,63 @@
-"""The program of a rank that launcher/agent.py started: ``python -m launcher.child FOLDER PARENT``.
+"""The program of a rank whose run's folder is there: ``python -m launcher.child FOLDER [PARENT]``.
 
-The run's folder is there and holds the configuration. The rank ends when its parent does, talks inside this machine
-only, and prints no exception: it is kept in the file that the agent named, for the agent to report first and once.
+    launcher/agent.py        started it: with PARENT, whose end is its own; it talks inside this machine alone
+    srun, torchrun by srun   started it (launcher/supervise.py)
+
+The rank prints no exception: it is kept in a file, for who started it to report first and once.
 """
 
 import os
-import signal
 import sys
-import threading
-import time
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO, cast
 
-from launcher import cli, folder, ranks
-from launcher.console import Copy
-from launcher.logs import log_of
-from launcher.member import take_part
+from launcher import cli, folder
+from launcher.discover import Rank, discover
+from launcher.entry import enter, keep_requests, stay_inside
+from launcher.logs import copy_output
+from launcher.member import serve_alone, take_part
+from launcher.parent import end_with
+from training.checkpoint.fence import SupersededError
+from training.health.beat import keep_error, read_ending
 
 
 def main() -> int:
-    """Trains. The exit code: 0 however the run ended, 2 for a user's mistake, 1 for a fault, 130 for Ctrl-C before."""
-    path, parent = Path(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    """Trains. The exit code: 0 however the run ended, 2 for a user's mistake, 3 for a machine that is unfit, 1 for
+    a fault, 130 for Ctrl-C before."""
+    path, started_here = Path(sys.argv[1]), len(sys.argv) > 2
+    if started_here:
+        end_with(int(sys.argv[2]))
+        stay_inside()
+    rank = discover(os.environ)
     try:
-        return _serve(path)
+        _serve(path, rank, started_here)
     except KeyboardInterrupt:
         return 130
-
-
-def _serve(path: Path) -> int:
-    rank = ranks.discover(os.environ)
-    assert rank is not None
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[variable] = ranks.LOOPBACK
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    try:
-        with ExitStack() as stack:
-            if sys.stdout.isatty():
-                log = stack.enter_context(log_of(path, rank.rank).open("w"))
-                stack.enter_context(redirect_stdout(cast(TextIO, Copy(sys.stdout, log))))
-            record(take_part)(folder.load_config(path), rank, lambda _: path)
-    except ValueError as error:
-        return 2 if cli.is_mistake(error) else 1
-    except Exception:
+    except SupersededError as error:
+        print(error, file=sys.stderr)  # the folder of records is another attempt's
         return 1
+    except Exception as error:
+        number = 0 if rank is None else rank.rank
+        if read_ending(path, number) is None:  # what happens in a run is kept there: training/health/attend.py
+            keep_error(path, number, error)
+        return cli.name_exit(error) if isinstance(error, ValueError) and cli.is_mistake(error) else 1
     return 0
 
 
-def _end_with(parent: int) -> None:
-    """Ends this rank, and what it started, when the process that started it is gone without a word."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(os.getpgid(0), signal.SIGKILL)  # every rank leads a group of its own
+def _serve(path: Path, rank: Rank | None, started_here: bool) -> None:
+    """Where the agent of this machine started it, lines go where that has put them; else the first rank's to the job's
+    output, and all to the ranks' logs.
+    """
+    config = folder.load_config(path)
+    if rank is None:  # the job has one task
+        keep_requests()
+        serve_alone(config, path)
+        return
+    with ExitStack() as stack:
+        rank = stack.enter_context(enter(rank, config.network))
+        if sys.stdout.isatty() or (not started_here and rank.rank == 0):
+            stack.enter_context(copy_output(path, rank.rank))
+        take_part(config, rank, lambda _: path, own_log=not started_here and rank.rank > 0)
 
 
 if __name__ == "__main__":

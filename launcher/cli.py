@@ -1,6 +1,6 @@
 """The command ``shoestring``: a table of verbs, each a module that is imported only when its verb is called.
 
-    shoestring VERB [ARGUMENT ...] [KEY=VALUE ...] [--multirun] [--cfg job] [--config-dir DIR] [--help]
+    shoestring VERB [ARGUMENT ...] [KEY=VALUE ...] [--multirun] [--cfg job] [--config-dir DIR] ...
 
 A verb's module declares
 
@@ -10,8 +10,10 @@ A verb's module declares
     OPTIONAL                            names of those that may follow them
     Config                              a dataclass of its own, or None, if its input is not a run's configuration
     Keys                                a dataclass of what it takes beside a run's configuration, if it does
+    run_all(jobs) -> int                instead of ``run`` for each: all of a --multirun at once
 
-Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a user's mistake, in a line or two; 130 for Ctrl-C.
+Exit codes: 0; 1 for a fault of ours, with its traceback; 2 for a user's mistake, in a line or two; 3 where a
+machine is unfit for the run; 130 for Ctrl-C.
 """
 
 import os
@@ -26,13 +28,22 @@ from typing import Any
 from configs.schema import RunConfig
 from launcher.invocation import Invocation
 from launcher.keys import nearest
+from launcher.preflight.unfit import UNFIT, UnfitError
 
 VERBS = {
     "train": "launcher.train",
+    "submit": "launcher.submit",
+    "status": "launcher.status",
+    "logs": "launcher.follow",
+    "cancel": "launcher.cancel",
+    "runs": "launcher.runs",
+    "enroll": "launcher.enroll",
+    "preflight": "launcher.preflight.command",
     "params": "launcher.params",
     "layout": "launcher.layout",
     "schedule": "launcher.schedule",
     "verify": "launcher.verify",
+    "validate": "launcher.validate",
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
     "export": "launcher.export",
@@ -44,7 +55,8 @@ VERBS = {
     "completion": "launcher.completion",
 }
 MISTAKE = 2  # exit code
-FLAGS = ("--multirun", "--cfg", "--config-dir", "--help")
+FLAGS = ("--multirun", "--dry-run", "--cfg", "--config-dir", "--help")
+DRY = ("submit",)  # verbs that can say what they would do
 ROOMS = ("launcher", "training", "parallel", "model", "configs")
 
 
@@ -55,6 +67,7 @@ class Words:
     arguments: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     multirun: bool = False
+    dry_run: bool = False
     cfg: bool = False
     help: bool = False
     presets: Path | None = None  # the folder behind --config-dir
@@ -72,13 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         first, _, rest = str(error).partition("\n")
         print(f"shoestring: {first}" + (f"\n{' '.join(rest.split())}" if rest else ""), file=sys.stderr)
-        return MISTAKE
+        return name_exit(error)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         print("shoestring: interrupted", file=sys.stderr)
         return 130
+
+
+def name_exit(error: ValueError) -> int:
+    """The exit code for a mistake of the user's, or for a machine that is unfit."""
+    return UNFIT if isinstance(error, UnfitError) else MISTAKE
 
 
 def _run(words: list[str]) -> int:
@@ -125,6 +143,8 @@ def sort(verb: str, words: list[str]) -> Words:
                 raise ValueError(f"{flag}={value} must be job: it prints the composed configuration and stops")
         elif word in ("--multirun", "-m"):
             result.multirun = True
+        elif word == "--dry-run" and verb in DRY:
+            result.dry_run = True
         elif word in ("--help", "-h"):
             result.help = True
         elif word.startswith("-"):
@@ -139,18 +159,30 @@ def _dispatch(verb: str, module: Any, words: Words) -> int:
     _check_arguments(verb, module, words)
     given, keys = _split(module, words)
     jobs = _compose(verb, module, given)
-    for number, (overrides, config, yaml) in enumerate(jobs, start=1):
-        if len(jobs) > 1:
-            print(f"# job {number} of {len(jobs)}: {' '.join(overrides)}", flush=True)
-        if words.cfg:
-            print(yaml, end="" if number == len(jobs) else "---\n")
-            continue
-        presets = None if words.presets is None else str(words.presets)
-        invocation = Invocation(verb, tuple(words.arguments), overrides, yaml, presets, keys)
+    presets = None if words.presets is None else str(words.presets)
+    made = [
+        (config, Invocation(verb, tuple(words.arguments), overrides, yaml, presets, keys, words.dry_run))
+        for overrides, config, yaml in jobs
+    ]
+    if words.cfg:
+        _print(made)
+        return 0
+    if hasattr(module, "run_all"):
+        return int(module.run_all(made))
+    for number, (config, invocation) in enumerate(made, start=1):
+        if len(made) > 1:
+            print(f"# job {number} of {len(made)}: {' '.join(invocation.overrides)}", flush=True)
         code = int(module.run(config, invocation))
         if code:
             return code
     return 0
+
+
+def _print(jobs: list[tuple[Any, Invocation]]) -> None:
+    for number, (_, invocation) in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            print(f"# job {number} of {len(jobs)}: {' '.join(invocation.overrides)}")
+        print(invocation.yaml, end="" if number == len(jobs) else "---\n")
 
 
 def _split(module: Any, words: Words) -> tuple[Words, Any]:
@@ -171,6 +203,10 @@ def _compose(verb: str, module: Any, words: Words) -> list[tuple[tuple[str, ...]
     own = getattr(module, "Config", RunConfig)
     if words.multirun and (own is not RunConfig or hasattr(module, "Keys")):
         raise ValueError(f"--multirun: {verb} takes no sweeps")
+    if words.multirun:
+        from launcher.discover import refuse
+
+        refuse("--multirun", os.environ)
     if own is None:
         if overrides:
             raise ValueError(f"{overrides[0]}: {verb} takes no keys; see shoestring {verb} --help")

@@ -50,7 +50,7 @@ class Composer:
                         "or quote a value that has a comma"
                     )
                 self._check(override)
-            tree = hydra_compose("config", overrides=list(overrides) + self._search())
+            tree = hydra_compose("config", overrides=[*map(self._open, overrides), *self._search()])
         with explained(self.keys):
             return build(RunConfig, tree), write(tree)
 
@@ -79,6 +79,16 @@ class Composer:
         quoted = str(self.folder.resolve()).replace("\\", r"\\").replace("'", r"\'")
         return [f"hydra.searchpath=['file://{quoted}']"]
 
+    def _open(self, word: str) -> str:
+        """``word`` as Hydra has to see it where it sets names in a mapping that takes any: it knows none of them."""
+        return f"++{word}" if self._find_mapping(word.partition("=")[0]) else word
+
+    def _find_mapping(self, key: str) -> str | None:
+        """The mapping that ``key`` is, or is a name in."""
+        return next(
+            (name for name in (key, key.rpartition(".")[0]) if name in self.keys and self.keys[name].maps), None
+        )
+
     def _parse(self, overrides: tuple[str, ...]) -> list[Override]:
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
@@ -94,7 +104,11 @@ class Composer:
             raise ValueError(f"{word}: a key cannot be deleted, only set; keys that may be empty take null")
         if override.package is not None or (override.type is OverrideType.ADD and (inside or key in self.keys)):
             raise ValueError(f"{word}: keys and presets have one place each and are only set: write {key}={raw}")
-        if key in self.keys:
+        mapping = self._find_mapping(key)
+        if mapping is not None and key != mapping:
+            if not isinstance(override.value(), str | int | float):
+                raise ValueError(f"{key}={raw} must be a string: a value of {mapping}")
+        elif key in self.keys:
             check_type(self.keys, key, override.value(), raw)
         elif key in self.groups and not isinstance(override.value(), dict):
             if raw not in self.groups[key]:

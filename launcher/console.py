@@ -1,9 +1,24 @@
-"""A terminal's text, kept in a file as the terminal keeps it: whole lines, no colours, no line that was renewed."""
+"""A terminal's text, kept in a file as the terminal keeps it: whole lines, no colours, no line that was renewed; and a
+terminal that nobody sits at.
+"""
 
 import re
 from typing import Any, TextIO
 
 SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours, movements, erasures
+
+
+class Plain:
+    """``stream``, which is no terminal whatever it says: mpirun gives its ranks one each."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Copy:

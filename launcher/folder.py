@@ -5,12 +5,16 @@ runs/<id>/config.yaml     the configuration, resolved
          versions.json    python, torch, packages, git revision, platform
          proof.json       the proof that a run of several ranks started with, or that it had none
          metrics.jsonl    the record (training writes it)
+         attempt          whose the run is: older attempts at it write no checkpoint (training/checkpoint/fence.py)
+         ledger.jsonl     where the time of its attempts went (training writes it)
          schedule.svg     of a pipeline, what each rank does when; schedule.txt its lists (training writes them)
          logs/rank0/ ...  what each rank printed, if there were several
          weights/         the final save (training writes it)
          checkpoints/     what the run can go on from (training writes it; docs/checkpoint-format.md);
                           elsewhere with checkpoint.folder
+         excluded.json    machines that preflight has found unfit, each with why: the next attempt is to do without
          before/1/ ...    the first four and the logs as they were before the run went on
+         job.sbatch       under Slurm: the script of its jobs, jobs.jsonl: their numbers, job-*.out: what Slurm printed
 """
 
 import json
@@ -25,7 +29,7 @@ from configs.schema import RunConfig
 from launcher.invocation import Invocation
 from launcher.keys import nearest
 from launcher.versions import versions
-from training.checkpoint import folders, place
+from training.checkpoint import fence, folders, place
 
 DESCRIBING = ("config.yaml", "command.txt", "versions.json", "proof.json", "logs")
 
@@ -65,6 +69,7 @@ def create(config: RunConfig, invocation: Invocation, proof: dict[str, Any] | No
             path.rmdir()  # it is new
         raise
     set_aside(path)
+    fence.claim(path, fence.name_attempt())
     (path / "config.yaml").write_text(invocation.yaml)
     (path / "command.txt").write_text(shlex.join(invocation.command) + "\n")
     (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
@@ -74,9 +79,12 @@ def create(config: RunConfig, invocation: Invocation, proof: dict[str, Any] | No
 
 
 def discard_unstarted(path: Path) -> None:
-    """Removes the folder of a run that has recorded nothing: its id is free for the next try."""
+    """Removes the folder of a run that has recorded nothing: its id is free for the next try. What says which machines
+    that is to do without stays."""
+    from launcher.preflight.unfit import EXCLUDED
+
     record = RunFolder(path).metrics
-    if not record.exists() or not record.stat().st_size:
+    if (not record.exists() or not record.stat().st_size) and not (path / EXCLUDED).exists():
         shutil.rmtree(path)
 
 
@@ -111,13 +119,18 @@ def set_aside(path: Path, names: tuple[str, ...] = DESCRIBING) -> None:
             each.rename(before / each.name)
 
 
+def locate(config: RunConfig, number: int = 1) -> Path:
+    """Where the folder of a run lies, by ``run.id``, or of one that starts now, the ``number``-th of this second."""
+    stem = config.run.id or f"{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(config.run.folder) / (stem if number == 1 else f"{stem}-{number}")
+
+
 def _claim(config: RunConfig) -> Path:
     """Makes the folder itself; that is atomic, so two runs that start in the same second get two folders."""
-    root, given = Path(config.run.folder), config.run.id
-    root.mkdir(parents=True, exist_ok=True)
-    stem = given or f"{config.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    given = config.run.id
+    Path(config.run.folder).mkdir(parents=True, exist_ok=True)
     for number in count(1):
-        path = root / (stem if number == 1 else f"{stem}-{number}")
+        path = locate(config, number)
         try:
             path.mkdir()
         except FileExistsError:

@@ -16,6 +16,7 @@ from launcher import keys
 
 FLAGS = {
     "--multirun, -m": "run every combination of the values given: optimizer.lr=1e-3,3e-3 run.seed=range(0,3)",
+    "--dry-run": "of submit: print the script of the job and what Slurm says to it; nothing is submitted or written",
     "--cfg job": "print the composed configuration and stop",
     "--config-dir DIR": "take presets from DIR as well: DIR/run/mine.yaml is run=mine",
     "--help, -h": "print help on a verb",
@@ -26,6 +27,9 @@ EXAMPLES = {
     "shoestring train run=small optimizer.lr=1e-3 run.steps=500": "another preset, two values changed",
     "shoestring train --multirun run.seed=1,2,3": "three runs, one after the other",
     "shoestring train run=small --cfg job": "see what would run",
+    "shoestring submit run=small cluster=slurm cluster.nodes=2 run.global_batch=16 run.micro_batch=1": (
+        "a job of Slurm's: 16 ranks"
+    ),
     "shoestring params run=deepseek_v3": "parameters and FLOPs without building the model",
     "shoestring layout run=small parallel.dp=4 parallel.tp=2 parallel.ep=4": "who is in which group of ranks",
     "shoestring schedule name=zb_h1 ranks=4 microbatches=8": "what each rank of a pipeline does when",

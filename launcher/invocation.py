@@ -14,6 +14,7 @@ class Invocation:
     yaml: str  # the composed configuration, nothing left to resolve
     presets: str | None = None  # the folder behind --config-dir
     keys: Any = None  # what the verb takes beside a run's configuration: its ``Keys``
+    dry_run: bool = False  # say what would be done, and do nothing
 
     @property
     def command(self) -> tuple[str, ...]:

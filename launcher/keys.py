@@ -33,12 +33,17 @@ class Key:
         return f"must be {_describe(self.kind)}{' or null' if self.optional else ''}"
 
     @property
+    def maps(self) -> bool:
+        """Whether it is a mapping, from names that are not known here."""
+        return get_origin(self.kind) is dict
+
+    @property
     def values(self) -> tuple[str, ...]:
         """Every value there is, for enumerations and truth values; otherwise nothing."""
         kind = get_args(self.kind)[0] if get_origin(self.kind) is tuple else self.kind
         if kind is bool:
             return ("true", "false")
-        return tuple(member.name for member in kind) if issubclass(kind, Enum) else ()
+        return tuple(member.name for member in kind) if isinstance(kind, type) and issubclass(kind, Enum) else ()
 
     def hint(self, raw: str) -> str:
         """``"; did you mean ...?"`` for a value ``raw`` that does not fit, or nothing."""
@@ -106,6 +111,8 @@ def _strip_none(hint: Any) -> tuple[Any, bool]:
 def _describe(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"a list in brackets, each {_describe(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"a mapping in braces, each value {_describe(get_args(kind)[1])}"
     if issubclass(kind, Enum):
         return f"one of {', '.join(member.name for member in kind)}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[kind]

@@ -1,72 +1,18 @@
-"""Which rank this process is, how many there are, and what each may use: rules only, no process, no torch.
-
-Whoever starts ranks (torchrun, Slurm's launchers, or this program itself, launcher/agent.py) tells each by environment:
-
-    RANK, WORLD_SIZE                which of how many
-    LOCAL_RANK, LOCAL_WORLD_SIZE    the same among the ranks of its machine
-    MASTER_ADDR, MASTER_PORT        where they find each other
-"""
+"""How many ranks a configuration asks for, what each may use, and whether two have the same: rules only, no torch."""
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
+from configs.cluster import Scheduler
 from configs.schema import RunConfig
 from parallel.config import ParallelConfig
 from parallel.rules import check
 from parallel.topology import Topology, arrange
 from training.ramp import batch_sizes
 from training.support import check_microbatches
-
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the interface of ranks that stay on one machine
-
-
-class Rank(NamedTuple):
-    """One process of several that train together."""
-
-    rank: int
-    world: int  # ranks in all
-    local: int  # its place among the ranks of its machine
-    here: int  # ranks of its machine
-
-
-def discover(environment: Mapping[str, str]) -> Rank | None:
-    """The rank that ``environment`` makes this process, or None where nobody started several.
-
-    Raises ValueError for variables that are missing, are no numbers, or contradict each other.
-    """
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return None
-    rank, world = _read(environment, "RANK"), _read(environment, "WORLD_SIZE")
-    local, here = _read(environment, "LOCAL_RANK", rank), _read(environment, "LOCAL_WORLD_SIZE", world)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not environment.get(name):
-            raise ValueError(
-                f"{name} is missing in the environment, though RANK={rank} and WORLD_SIZE={world} are there"
-            )
-    if rank >= world:
-        raise ValueError(f"RANK={rank} in the environment must be below WORLD_SIZE={world}")
-    if local >= here:
-        raise ValueError(f"LOCAL_RANK={local} in the environment must be below LOCAL_WORLD_SIZE={here}")
-    return Rank(rank, world, local, here)
-
-
-def _read(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """The number in a variable; ``default`` is what it is on a single machine."""
-    text = environment.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None:
-        raise ValueError(
-            f"{name} is missing in the environment, though other variables of a launcher are there: start with "
-            "torchrun, or unset RANK and WORLD_SIZE"
-        )
-    if not text.isdecimal() or (int(text) == 0 and name.endswith("SIZE")):
-        raise ValueError(f"{name}={text} in the environment must be a number")
-    return int(text)
 
 
 def arrange_ranks(parallel: ParallelConfig, world: int | None) -> Topology:
@@ -82,7 +28,10 @@ def arrange_ranks(parallel: ParallelConfig, world: int | None) -> Topology:
 
 
 def check_layout(config: RunConfig, world: int | None) -> Topology:
-    """The topology as in ``arrange_ranks``; ValueError also where the model or the batches do not fit it."""
+    """The topology as in ``arrange_ranks``, but of a cluster, where nobody has started any, that of a rank on each
+    device. ValueError also where the model or the batches do not fit it."""
+    if world is None and _is_on_cluster(config):
+        world = config.cluster.world
     topology = arrange_ranks(config.parallel, world)
     length = config.data.sequence_length
     check(config.model, length, batch_sizes(config.run), topology)
@@ -94,9 +43,15 @@ def check_layout(config: RunConfig, world: int | None) -> Topology:
     return topology
 
 
-def share_threads(asked: int | None, cores: int, here: int) -> int:
-    """Threads of one rank: ``run.threads``, else an equal share of its machine's cores, at least 1."""
-    return asked or max(1, cores // here)
+def check_own(config: RunConfig) -> Topology:
+    """The topology of ranks that this machine starts by itself. ValueError as above, and where a cluster is to."""
+    if _is_on_cluster(config):
+        raise ValueError("cluster=slurm must be left away here: shoestring submit hands a run to Slurm")
+    return check_layout(config, None)
+
+
+def _is_on_cluster(config: RunConfig) -> bool:
+    return config.cluster.scheduler is Scheduler.slurm
 
 
 def identify(config: RunConfig) -> str:

@@ -2,15 +2,18 @@
 
 one process                 parallel.* asks for no more than one rank: trained here
 its own ranks               it asks for more: launcher/gate.py asks for a proof, launcher/restarts.py starts them here
-a rank of somebody else's   torchrun -m launcher.train ...: this process is one of several
+a rank of somebody else's   torchrun, srun or mpirun ... -m launcher.train: this process is one of several
 """
 
 import os
 import sys
 
+from configs.preflight import When
 from configs.schema import RunConfig
 from launcher import cli, folder, gate, ranks
+from launcher.discover import discover
 from launcher.invocation import Invocation
+from training.checkpoint import fence
 
 SUMMARY = "train a model: prepare the text, run the steps, save weights, metrics and a sample"
 CODES = {"finished": 0, "interrupted": 130, "diverged": 1}
@@ -19,12 +22,14 @@ CODES = {"finished": 0, "interrupted": 130, "diverged": 1}
 def run(config: RunConfig, invocation: Invocation) -> int:
     """Trains in a new run folder. Exit code 0; 130 after Ctrl-C; 1 if loss or gradient were not finite for too long, or
     if the layout's proof failed, without a folder."""
-    rank = ranks.discover(os.environ)
+    if config.preflight.when is When.alone:
+        raise ValueError("preflight.when=alone is what shoestring preflight does: take auto, start or never")
+    rank = discover(os.environ)
     if rank is not None:
         from launcher.member import join
 
         return CODES[join(config, rank, invocation)]
-    topology = ranks.check_layout(config, None)
+    topology = ranks.check_own(config)
     try:
         proof = gate.admit(config, topology, invocation)
     except gate.UnprovedError as error:
@@ -35,13 +40,16 @@ def run(config: RunConfig, invocation: Invocation) -> int:
     try:
         # Both load torch: only once the configuration is known to be good.
         if topology.world > 1:
-            from launcher import restarts
+            from launcher import agent, restarts
 
-            code = restarts.start(path, topology.world, config.run.restarts)
+            def begin(attempt: str) -> int:
+                return agent.start(path, topology.world)
+
+            code = restarts.start(path, begin, config.run.restarts, fence.name_attempt())
             return code or CODES[folder.RunFolder(path).ending or "diverged"]
-        from training.loop import train
+        from launcher.member import serve_alone
 
-        return CODES[train(config, path, config.cluster.price_per_device_hour).ending]
+        return CODES[serve_alone(config, path) or "diverged"]
     except BaseException:
         folder.discard_unstarted(path)
         raise

@@ -61,7 +61,11 @@ def check_type(table: dict[str, keys.Key], key: str, value: Any, raw: str) -> No
     """Raises a ``ValueError`` if ``value``, written as ``raw``, cannot become what ``key`` holds."""
     try:
         OmegaConf.update(OmegaConf.structured(table[key].owner), key.rpartition(".")[2], value)
+        # A list inside of a mapping of texts passes, and is null in the end.
+        fits = not table[key].maps or all(isinstance(item, str | int | float) for item in value.values())
     except OmegaConfBaseException:
+        fits = False
+    if not fits:
         raise ValueError(f"{key}={raw} {table[key].rule}{table[key].hint(raw)}") from None
 
 

@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from launcher.ranks import LOOPBACK
+from launcher.network import LOOPBACK
 from training.proof.report import Report, Row
 
 if TYPE_CHECKING:

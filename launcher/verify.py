@@ -9,6 +9,7 @@ import sys
 
 from configs.schema import RunConfig
 from launcher import cli, gate, proofs, ranks, trial
+from launcher.discover import discover
 from launcher.invocation import Invocation
 
 SUMMARY = "prove that a layout gives the plain model's loss, gradients and weights; train nothing"
@@ -16,10 +17,10 @@ SUMMARY = "prove that a layout gives the plain model's loss, gradients and weigh
 
 def run(config: RunConfig, invocation: Invocation) -> int:
     """Prints a table for each case. Exit code 0 if all passed, 1 if one failed or a rank did."""
-    if ranks.discover(os.environ) is not None:
+    if (rank := discover(os.environ)) is not None:
         raise ValueError(
-            "RANK in the environment: shoestring verify starts ranks of its own; call it once, without torchrun, and "
-            "give parallel.dp"
+            f"this is rank {rank.rank} of {rank.world} that {rank.backend} started: shoestring verify starts ranks of "
+            "its own; call it once, by itself, and give parallel.dp"
         )
     topology = ranks.check_layout(config, None)
     from training.proof.shrink import shrink

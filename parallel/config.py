@@ -1,6 +1,7 @@
 """Configuration of the parallel layout: the five degrees, the pipeline and the engine. Standard library only."""
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 
 from parallel.pipeline.schedules import SCHEDULES, Route
@@ -83,6 +84,7 @@ class ParallelConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     engine: EngineName = EngineName.native  # who reduces gradients and keeps the optimizer's state
+    timeout: float = 1800.0  # seconds that ranks wait for each other: while one prepares text, above all
     rebalance_every: int = 0  # steps between moves of experts to even out ranks' loads; 0: experts stay
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class ParallelConfig:
             degree = getattr(self, axis)
             if degree is not None and degree < 1:
                 raise ValueError(f"parallel.{axis}={degree} must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"parallel.timeout={self.timeout} must be positive")
         if self.rebalance_every < 0:
             raise ValueError(f"parallel.rebalance_every={self.rebalance_every} must not be negative")
         if self.rebalance_every and self.engine is not EngineName.native:
@@ -101,6 +105,11 @@ class ParallelConfig:
         self._check_pipeline()
         if self.cp > 1:
             raise ValueError(f"parallel.cp={self.cp} must be 1: there is no context parallelism yet")
+
+    @property
+    def patience(self) -> timedelta:
+        """``timeout``, as torch takes it."""
+        return timedelta(seconds=self.timeout)
 
     @property
     def schedule(self) -> ScheduleName:

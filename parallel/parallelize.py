@@ -36,9 +36,10 @@ def parallelize(
         _shard_sequences(model, mesh, overlap)
     if mesh.degree(Axis.ep) > 1:
         _exchange_tokens(model, mesh, overlap.pieces)
+    owners = _find_owners(model)
     for name, parameter in list(model.named_parameters()):
         part = nn.Parameter(parameter.detach()[shards[name].slices].clone())
-        for owner, attribute in _find(model, parameter):
+        for owner, attribute in owners[parameter]:
             setattr(owner, attribute, part)
     return shards
 
@@ -63,11 +64,10 @@ def _exchange_tokens(model: Transformer, mesh: Mesh, pieces: int) -> None:
             module.exchange = ExpertExchange(moe.experts, moe.pad, mesh, pieces, module.experts.routed.wanted)
 
 
-def _find(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Every module and attribute that holds ``parameter``."""
-    return [
-        (module, name)
-        for module in model.modules()
-        for name, other in module.named_parameters(recurse=False, remove_duplicate=False)
-        if other is parameter
-    ]
+def _find_owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Every module and attribute that holds a parameter."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(parameter, []).append((module, name))
+    return owners

@@ -36,7 +36,7 @@ def check(model: ModelConfig, sequence_length: int, global_batches: Iterable[int
     if full % topology.dp:
         raise ValueError(
             f"run.global_batch={full} must be divisible by parallel.dp={topology.dp}: replicas train on equally many "
-            f"sequences; the nearest that are: {_multiples(full, topology.dp)}"
+            f"sequences; the nearest that are: {multiples(full, topology.dp)}"
         )
 
 
@@ -59,7 +59,7 @@ def check_model(model: ModelConfig, sequence_length: int, layout: Topology | Par
         raise ValueError(
             f"data.sequence_length={sequence_length} must be divisible by parallel.cp*tp = {layout.cp}*{layout.tp} = "
             f"{shards}: ranks hold equal shards of a sequence; the nearest that are: "
-            f"{_multiples(sequence_length, shards)}"
+            f"{multiples(sequence_length, shards)}"
         )
 
 
@@ -78,7 +78,7 @@ def check_tiles(model: ModelConfig, sequence_length: int, tp: int, tile: int) ->
         if tp > 1 and width % (tp * tile):
             raise ValueError(
                 f"parallel.tp={tp} must cut {key} = {width} into multiples of {tile}, and {_part(width, tp)} is none: "
-                f"in this precision {tile} values share a scale; the nearest it can cut: {_multiples(width, tp * tile)}"
+                f"in this precision {tile} values share a scale; the nearest it can cut: {multiples(width, tp * tile)}"
             )
 
 
@@ -107,7 +107,7 @@ def _divisors(number: int, degree: int) -> str:
     return ", ".join(map(str, below + above))
 
 
-def _multiples(number: int, degree: int) -> str:
+def multiples(number: int, degree: int) -> str:
     """The positive multiples of ``degree`` on either side of ``number``."""
     below = number // degree * degree
     return ", ".join(str(multiple) for multiple in (below, below + degree) if multiple)

@@ -55,6 +55,14 @@ class Device(StrEnum):
     xpu = "xpu"
 
 
+class Affinity(StrEnum):
+    """Whether each rank of a machine keeps to cores of its own. ``auto``: where memory is nearer to some of them."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Check(StrEnum):
     """How many blocks of a checkpoint are compared with their checksums when it is loaded."""
 
@@ -292,6 +300,7 @@ class RunSection:
     ramp: RampConfig = field(default_factory=RampConfig)
     seed: int = 0  # of the weights
     threads: int | None = None  # per rank; null: an equal share of the cores
+    affinity: Affinity = Affinity.auto  # whether a rank keeps to its share of a machine's cores
     device: Device = Device.auto
     compile: Compile = Compile.auto
     deterministic: bool = True

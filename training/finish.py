@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from parallel.doing import doing
+from training import ledger as ledgers
+from training import view
 from training.data import bigram
 from training.evaluate import count_sequences
 from training.generate import continue_text, show_controls
 from training.metrics import Record, StepRow
 from training.setup import Setup
-from training.view import Gauge, write_time
 from training.whole import find_whole
 
 
@@ -49,25 +50,27 @@ class Summary:
 
 
 @doing("finishing")
-def finish(setup: Setup, record: Record, outcome: Outcome, gauge: Gauge, folder: Path) -> Summary:
+def finish(setup: Setup, record: Record, outcome: Outcome, gauge: view.Gauge, ledger: ledgers.Ledger) -> Summary:
     """Writes ``sample.txt`` and the record's last row, and prints the summary: all of it on rank 0 alone."""
-    first = setup.mesh.rank == 0
+    first, folder = setup.mesh.rank == 0, ledger.run
     complete = first and outcome.ending is Ending.finished
     text = write_sample(setup, folder) if complete and setup.config.run.sample.tokens else ""
+    bigram_loss = measure_bigram(setup) if complete else math.nan
+    ledger.close(outcome.ending)
     summary = Summary(
         ending=outcome.ending,
         steps=outcome.steps,
         loss=outcome.last.loss if outcome.last else math.nan,
         held_out=outcome.held_out,
-        bigram=measure_bigram(setup) if complete else math.nan,
+        bigram=bigram_loss,
         seconds=gauge.elapsed(),
-        cost=gauge.cost(),
+        cost=ledger.count_cost(),
     )
     record.write("end", **asdict(summary))
     if text:
         print(f"\n--- sample ---\n{show_controls(text)}\n--------------\n")
     if first:
-        print("\n".join(describe(summary, setup, folder)), flush=True)
+        print("\n".join([*describe(summary, setup, folder), *ledger.describe()]), flush=True)
     return summary
 
 
@@ -97,9 +100,7 @@ def write_sample(setup: Setup, folder: Path) -> str:
 def describe(summary: Summary, setup: Setup, folder: Path) -> list[str]:
     """The summary in lines."""
     run = setup.config.run
-    lines = [f"{summary.ending} after {summary.steps} of {run.steps} steps in {write_time(summary.seconds)}"]
-    if summary.cost:
-        lines[0] += f", cost {summary.cost:.2f}"
+    lines = [f"{summary.ending} after {summary.steps} of {run.steps} steps in {view.write_time(summary.seconds)}"]
     if summary.ending is Ending.diverged:
         limit = setup.config.optimizer.skip_limit
         lines.append(

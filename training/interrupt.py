@@ -1,4 +1,8 @@
-"""Ctrl-C: the first asks the loop to stop where it can save, the second stops at once."""
+"""Requests to stop: the first asks the loop to stop where it can save; a second Ctrl-C stops at once.
+
+SIGINT     Ctrl-C
+SIGUSR2    from a launcher: the time of an allocation is nearly over, or something else needs its machines
+"""
 
 import signal
 import threading
@@ -7,9 +11,18 @@ from contextlib import suppress
 from types import FrameType
 from typing import Self
 
+LAUNCHER = signal.SIGUSR2
+SAID = {
+    signal.SIGINT: "Ctrl-C: stopping after this micro-batch and saving; Ctrl-C again stops at once",
+    LAUNCHER: "the launcher asks to stop: stopping after this step and saving",
+}
+
 
 class Interrupt:
-    """While entered, ``asked`` says whether Ctrl-C was pressed; ``say`` is called when it is."""
+    """While entered, ``asked`` says whether a stop was asked for; ``say`` is called when it is.
+
+    Whoever starts ranks blocks SIGUSR2 in them, so that one that comes earlier is kept until it is heard here.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.asked = False
@@ -19,17 +32,22 @@ class Interrupt:
         # Python lets the main thread alone handle signals; elsewhere the caller's handling stays.
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before = signal.signal(signal.SIGINT, self._catch)
+            self._before = {number: signal.signal(number, self._catch) for number in SAID}
+            self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [LAUNCHER])
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._main:
-            signal.signal(signal.SIGINT, self._before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.asked = True
         # Python refuses to write to a stream in the middle of a write to it: then this line is lost, not the run.
         with suppress(RuntimeError):
-            self._say("Ctrl-C: stopping after this micro-batch and saving; Ctrl-C again stops at once")
+            self._say(SAID[signal.Signals(number)])

@@ -47,26 +47,31 @@ def train(config: TrainConfig, folder: Path, price: float = 0.0) -> Summary:
 def train_on(mesh: Mesh, config: TrainConfig, folder: Path, price: float = 0.0) -> Summary:
     """``train`` on a mesh that is there already. Collective over its ranks."""
     first = mesh.rank == 0
-    with attend(mesh, config, folder) as attendance, open_record(config.run.sinks, folder, kept=first) as record:
+    with (
+        attend(mesh, config, folder, price) as attendance,
+        open_record(config.run.sinks, folder, first, config.telemetry.prometheus) as record,
+    ):
         report = print if first else _say_nothing
         setup = set_up(config, report, mesh)
         attendance.follow(setup, report)
         setup, progress = go_on(setup, folder, record, report)
         attendance.begin(progress)
-        with watch(setup, progress, folder, record, price) as watchers:
+        with watch(setup, progress, folder, record, attendance.ledger) as watchers:
             note = watchers.view.note
             attendance.follow(setup, note)
             outcome = run_steps(setup, progress, watchers)
             ending = outcome.ending
+            attendance.ledger.switch("checkpoints")
             interrupted = ending is Ending.interrupted
             saved = watchers.keeper.close(progress, ending is not Ending.diverged, interrupted)
             watchers.neighbour.close(interrupted and not saved)
+            attendance.ledger.switch("ending")
             setup.engine.settle()  # nobody leaves while others wait for weights
             if config.checkpoint.save:
                 save_weights(setup, folder / "weights")
                 note(f"weights saved in {folder / 'weights'}")
         attendance.leave()
-        return finish(setup, record, outcome, watchers.gauge, folder)
+        return finish(setup, record, outcome, watchers.gauge, attendance.ledger)
 
 
 def _say_nothing(line: str) -> None:

@@ -50,10 +50,11 @@ def join_mesh(config: TrainConfig) -> Iterator[Mesh]:
     device = determinism.choose_device(config.run.device)
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-    connect(device)
+    patience = config.parallel.patience
+    connect(device, timeout=patience)
     try:
         topology = arrange_world(config, torch.distributed.get_world_size())
-        yield Mesh(topology, device, multiprocessors=config.parallel.overlap.multiprocessors)
+        yield Mesh(topology, device, patience, config.parallel.overlap.multiprocessors)
     except BaseException:
         # Others may be waiting for this rank: there is no parting in order, and the process ends.
         if torch.distributed.get_world_size() == 1:

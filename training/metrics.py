@@ -6,6 +6,7 @@
                      {"kind": "checkpoint", "step": 100, ...}          every checkpoint: bytes, how long steps waited
                      {"kind": "retry", "step": 100}                    a step that was finite when taken again
                      {"kind": "resume", "step": 100, ...}              where a run went on from one
+                     {"kind": "device", "time": ..., "rank": 3, ...}   now and then: training/telemetry.py
                      {"kind": "end", ...}                              once
 
 Losses are nats a token. A number that is not finite is null, which JSON can say. Each line goes to the operating system
@@ -15,6 +16,7 @@ as soon as it is complete, so a crash of the process loses none.
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +71,7 @@ class Record:
         self._path = path
         self._file = path.open("a", buffering=1, encoding="utf-8")
         self._writers = tuple(writers)
+        self._lock = threading.Lock()  # rows come from more than one thread
 
     def __enter__(self) -> Self:
         return self
@@ -80,14 +83,15 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Forgets ``step`` and all later ones, and the end: they come anew. A line that was cut off goes too."""
-        self._file.close()
-        if self._path.is_file():
-            partial = self._path.with_name(f"{self._path.name}.partial")
-            partial.write_text("".join(_keep(self._path, step)), encoding="utf-8")
-            partial.replace(self._path)
-        self._file = self._path.open("a", buffering=1, encoding="utf-8")
-        for writer in self._writers:
-            writer.rewind(step)
+        with self._lock:
+            self._file.close()
+            if self._path.is_file():
+                partial = self._path.with_name(f"{self._path.name}.partial")
+                partial.write_text("".join(_keep(self._path, step)), encoding="utf-8")
+                partial.replace(self._path)
+            self._file = self._path.open("a", buffering=1, encoding="utf-8")
+            for writer in self._writers:
+                writer.rewind(step)
 
     def sync(self) -> None:
         """What was written is on disk."""
@@ -101,9 +105,11 @@ class Record:
     def write(self, kind: str, **fields: Any) -> None:
         """Adds a row of any ``kind``."""
         row = {"kind": kind, **fields}
-        self._file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
-        for writer in self._writers:
-            writer.write(row)
+        line = json.dumps(_without_nan(row), allow_nan=False) + "\n"
+        with self._lock:
+            self._file.write(line)
+            for writer in self._writers:
+                writer.write(row)
 
 
 def _keep(path: Path, step: int) -> Iterator[str]:

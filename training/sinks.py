@@ -76,9 +76,17 @@ def open_sinks(sinks: Iterable[Sink], folder: Path) -> list[Writer]:
     return [SINKS[sink](folder) for sink in sinks]
 
 
-def open_record(sinks: Iterable[Sink], folder: Path, kept: bool = True) -> Record:
-    """The record of a run in ``folder``, and its sinks; one that goes nowhere if it is not to be ``kept``."""
-    return Record(folder / "metrics.jsonl", open_sinks(sinks, folder)) if kept else Record(Path(os.devnull))
+def open_record(sinks: Iterable[Sink], folder: Path, kept: bool = True, prometheus: str | None = None) -> Record:
+    """The record of a run in ``folder``, and its sinks, of which one may answer at the address ``prometheus``; one that
+    goes nowhere if it is not to be ``kept``. Raises ValueError also where that cannot be listened at."""
+    if not kept:
+        return Record(Path(os.devnull))
+    writers = open_sinks(sinks, folder)
+    if prometheus is not None:
+        from training.prometheus import Prometheus
+
+        writers.append(Prometheus(prometheus, folder))
+    return Record(folder / "metrics.jsonl", writers)
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:

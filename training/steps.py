@@ -20,20 +20,22 @@ def run_steps(setup: Setup, progress: Progress, watchers: Watchers) -> Outcome:
     ``progress`` goes along.
     """
     run, limit = setup.config.run, setup.config.optimizer.skip_limit
-    record, view, gauge, interrupt, keeper, profile, fingerprints, neighbour = watchers
+    record, view, gauge, interrupt, keeper, profile, fingerprints, neighbour, ledger = watchers
     row, held_out = None, math.nan
+    ledger.switch("other")
     # Several ranks agree between steps; one has nobody to agree with and stops between micro-batches.
     stop = (lambda: interrupt.asked) if setup.mesh.topology.world == 1 else _never
     for step in range(progress.step, run.steps):
         signs = agree(setup.mesh, keeper.signs(interrupt.asked))
         keeper.follow(signs)
-        with nullcontext() if signs.asked else profile.around(step):
+        with nullcontext() if signs.asked else profile.around(step), ledger.during(ledger.stepping(step)):
             done = None if signs.asked else _take_step(setup, step, stop, watchers)
         if done is None:
             profile.close()
             return Outcome(Ending.interrupted, progress.step, row, held_out)
         row = done
         record.write_step(row)
+        ledger.take(step)
         view.show(row)
         progress.step, progress.seconds = step + 1, gauge.elapsed()
         progress.skipped = progress.skipped + 1 if row.skipped else 0
@@ -43,14 +45,16 @@ def run_steps(setup: Setup, progress: Progress, watchers: Watchers) -> Outcome:
         fingerprints.take(step + 1)
         last, best = step + 1 == run.steps, False
         if last or (run.eval_every and (step + 1) % run.eval_every == 0):
-            held_out = evaluate(setup)
+            with ledger.during("evaluation"):
+                held_out = evaluate(setup)
             record.write("eval", step=step, loss=held_out)
             view.note(f"step {step + 1}  held-out loss {held_out:.4f}")
             best = keeper.is_best(progress, held_out)
-        if best or (not last and keeper.is_due(step + 1, signs)):
-            keeper.save(progress)  # behind the evaluation: a run that goes on from here has its row
-        if not last:
-            neighbour.save(progress)
+        with ledger.during("checkpoints"):
+            if best or (not last and keeper.is_due(step + 1, signs)):
+                keeper.save(progress)  # behind the evaluation: a run that goes on from here has its row
+            if not last:
+                neighbour.save(progress)
     return Outcome(Ending.finished, progress.step, row, held_out)
 
 
@@ -60,8 +64,9 @@ def _take_step(setup: Setup, step: int, stop: Callable[[], bool], watchers: Watc
     """
 
     def prepare() -> None:
-        watchers.keeper.hold()
-        watchers.neighbour.hold()
+        with watchers.ledger.during("checkpoints"):
+            watchers.keeper.hold()
+            watchers.neighbour.hold()
         watchers.fingerprints.verify()
 
     row = run_step(setup, step, stop, prepare)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 from model.config import Recompute
 from parallel.config import EngineName, ParallelConfig, TensorOverlap, check_multiprocessors
+from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.schedules import check as check_schedule
 from training.config import TILES, Compile, Device, MomentDtype, OptimizerConfig, Precision, RunSection
 from training.ramp import count_microbatches, schedule_batches
@@ -71,6 +72,13 @@ def check_overlap(parallel: ParallelConfig, device: Device) -> None:
             "parallel.overlap.tensor=fused must be auto, joined or blocks with run.device=cpu: torch's fused operators "
             "are for NVIDIA devices joined by NVLink"
         )
+
+
+def check_splits(parallel: ParallelConfig, choice: Compile) -> None:
+    """Raises ValueError if what must be compiled follows one of the known schedules that split backwards."""
+    if parallel.pipeline.file is None:
+        name = parallel.schedule
+        check_compile(choice, f"parallel.pipeline.schedule={name}", SCHEDULES[name].splits)
 
 
 def check_compile(choice: Compile, schedule: str, splits: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 
 from configs.schema import TrainConfig
 from model.count import flops_per_token
+from training.clock import write_time
 from training.machine import Machine
 from training.metrics import StepRow
 from training.peaks import find_peak
@@ -139,13 +140,3 @@ def shorten(value: float) -> str:
             digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
             return f"{scaled:.{digits}f} {prefix}"
     return f"{value:.0f} "
-
-
-def write_time(seconds: float) -> str:
-    """Seconds as ``m:ss``, ``h:mm:ss`` or ``d days h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} days {hours}:{minutes:02}:{rest:02}"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

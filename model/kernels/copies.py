@@ -91,7 +91,7 @@ def _enter(memory, copies, width, area: tl.constexpr, shared: tl.constexpr):  # 
     else:
         row = tl.cast(token, tl.int64) - copies.tokens
         if not tl.load(memory.filled + row):
-            nothing = tl.zeros((area.columns,), dtype=tl.float32).to(memory.rows.dtype.element_ty)
+            nothing = tl.full((area.columns,), 0, tl.float32).to(memory.rows.dtype.element_ty)
             tl.store(memory.rows + row * width + columns, nothing, mask=inside)
             tl.store(
                 memory.rows_scales + row * tiles + places, tl.full((number,), 1.0, tl.float32), mask=places < tiles
@@ -102,7 +102,7 @@ def _enter(memory, copies, width, area: tl.constexpr, shared: tl.constexpr):  # 
 def _sum_copies(memory, copies, width, area: tl.constexpr, wide: tl.constexpr):  # type: ignore[no-untyped-def]
     token, columns = tl.program_id(0), tl.program_id(1) * area.columns + tl.arange(0, area.columns)
     inside = columns < width
-    total = tl.zeros((area.columns,), dtype=wide)
+    total = tl.full((area.columns,), 0, wide)
     start, end = _find(copies, token)
     for copy in range(start, end):
         row = tl.load(copies.slots + copy)
@@ -124,7 +124,7 @@ def _weigh_back(memory, copies, width, area: tl.constexpr, wide: tl.constexpr): 
         for copy in range(start, end):
             row = tl.load(copies.slots + copy) * width
             weight = tl.load(memory.weights + copy).to(wide)
-            total = tl.zeros((area.columns,), dtype=wide)
+            total = tl.full((area.columns,), 0, wide)
             for first in range(0, width, area.columns):
                 columns = first + tl.arange(0, area.columns)
                 inside = columns < width
@@ -137,7 +137,7 @@ def _weigh_back(memory, copies, width, area: tl.constexpr, wide: tl.constexpr): 
         if not tl.load(memory.filled + row):
             for first in range(0, width, area.columns):
                 columns = first + tl.arange(0, area.columns)
-                nothing = tl.zeros((area.columns,), dtype=kind)
+                nothing = tl.full((area.columns,), 0, kind)
                 tl.store(memory.g_rows + row * width + columns, nothing, mask=columns < width)
 
 

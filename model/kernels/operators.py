@@ -39,9 +39,11 @@ class Cuts(NamedTuple):
 
 
 # The first of each runs. Nothing has been timed: all fit without spilling, and are what benchmarks/gpu.py times.
+# WIDE would not fit where every row of b has a scale of its own: on H100 it spills with Triton 3.7, not with 3.9.
+NVIDIA = Cuts((WIDE, WIDE._replace(stages=3), NARROW), (NARROW, NARROW._replace(stages=3)))
 TILES = {
-    "cuda:90": Cuts((WIDE, WIDE._replace(stages=3), NARROW), (WIDE, NARROW)),
-    "cuda:100": Cuts((WIDE, WIDE._replace(stages=3), NARROW), (NARROW, NARROW._replace(stages=3))),
+    "cuda:90": NVIDIA,
+    "cuda:100": NVIDIA,
     "hip:gfx942": Cuts((AMD, NARROW._replace(stages=2)), (AMD, NARROW._replace(stages=2))),
 }
 

@@ -49,7 +49,7 @@ def _sum_tiles(a, b, steps, depth, tile: tl.constexpr, shares: tl.constexpr):  #
     """
     k = steps[0] * tile.depth + tl.arange(0, tile.depth)
     left, right = a[0][:, None] + k[None, :], b[0][:, None] + k[None, :]
-    total = tl.zeros((tile.rows, tile.columns), dtype=tl.float32)
+    total = tl.full((tile.rows, tile.columns), 0, tl.float32)
     for step in range(steps[0], steps[1]):
         inside = (step * tile.depth + tl.arange(0, tile.depth) < depth)[None, :]
         product = tl.dot(tl.load(left, mask=inside, other=0.0), tl.load(right, mask=inside, other=0.0).T)
@@ -72,7 +72,7 @@ def _multiply_rows(operands, runs, size, tile: tl.constexpr, block: tl.constexpr
         end = tl.where(run < runs.number, end, size.rows)
     if row < end:
         rows, columns = row + tl.arange(0, tile.rows), column * tile.columns + tl.arange(0, tile.columns)
-        total = tl.zeros((tile.rows, tile.columns), dtype=tl.float32)
+        total = tl.full((tile.rows, tile.columns), 0, tl.float32)
         if run < runs.number:  # else rows after the last run, which are zero
             lines = tl.minimum(rows, end - 1).to(tl.int64)
             others = tl.minimum(columns, size.columns - 1).to(tl.int64)

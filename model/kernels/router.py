@@ -44,6 +44,10 @@ def _take(x, numbers, axis: tl.constexpr, past: tl.constexpr):  # type: ignore[n
 def _choose(scores, chosen, size, rule: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
     tokens = tl.program_id(0) * rows + tl.arange(0, rows)
     members = size.experts // size.groups
+    # Triton 3.7 takes a constant for the end of a static range, and no field of one.
+    best: tl.constexpr = rule.best
+    top_groups: tl.constexpr = rule.top_groups
+    top_k: tl.constexpr = rule.top_k
     group = tl.arange(0, rule.groups)[None, :, None]
     member = tl.arange(0, rule.wide)[None, None, :]
     there = (group < size.groups) & (member < members)
@@ -53,23 +57,23 @@ def _choose(scores, chosen, size, rule: tl.constexpr, rows: tl.constexpr):  # ty
     x = tl.where(x == x, x, float("inf"))
     least: tl.constexpr = -3.4028234663852886e38  # what is taken away or closed is -inf, below all that may be chosen
     x = tl.where(there, tl.maximum(x, least), float("-inf"))
-    if rule.top_groups > 0:
-        rest, total = x, tl.zeros((rows, rule.groups, 1), dtype=x.dtype)
-        for _ in tl.static_range(rule.best):
+    if top_groups > 0:
+        rest, total = x, tl.full((rows, rule.groups, 1), 0, x.dtype)
+        for _ in tl.static_range(best):
             largest, first = _take(rest, member, 2, rule.wide)
             total += largest
             rest = tl.where(member == first, float("-inf"), rest)
         total = tl.where(group < size.groups, tl.maximum(total, least), float("-inf"))
         closed = tl.full((rows, rule.groups, 1), 1, tl.int32)
-        for _ in tl.static_range(rule.top_groups):
+        for _ in tl.static_range(top_groups):
             _, first = _take(total, group, 1, rule.groups)
             closed = tl.where(group == first, 0, closed)
             total = tl.where(group == first, float("-inf"), total)
         x = tl.where(closed == 1, float("-inf"), x)
-    for k in tl.static_range(rule.top_k):
+    for k in tl.static_range(top_k):
         largest = tl.max(tl.max(x, 2, keep_dims=True), 1, keep_dims=True)
         first = tl.min(tl.min(tl.where(x == largest, expert, size.experts), 2), 1)
-        tl.store(chosen + tokens * rule.top_k + k, first.to(tl.int64), mask=tokens < size.tokens)
+        tl.store(chosen + tokens * top_k + k, first.to(tl.int64), mask=tokens < size.tokens)
         x = tl.where(expert == first[:, None, None], float("-inf"), x)
 
 

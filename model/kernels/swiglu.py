@@ -86,7 +86,7 @@ def _differentiate(memory, size, area: tl.constexpr, c: tl.constexpr):  # type: 
     rows = tl.program_id(0) * area.rows + tl.arange(0, area.rows)
     share = tl.load(memory.share + rows, mask=rows < size.rows, other=0.0).to(tl.float32)
     line = rows[:, None].to(tl.int64)
-    g_share = tl.zeros((area.rows,), dtype=tl.float32)
+    g_share = tl.full((area.rows,), 0, tl.float32)
     for first in range(0, size.columns, area.columns):
         columns = (first + tl.arange(0, area.columns))[None, :]
         inside = (rows < size.rows)[:, None] & (columns < size.columns)

@@ -103,7 +103,7 @@ def _combine(memory, rows, size, block: tl.constexpr):  # type: ignore[no-untype
         for column in range(0, size.width, block.columns):
             columns = column + tl.arange(0, block.columns)
             inside = columns < size.width
-            total = tl.zeros((block.columns,), dtype=tl.float32)
+            total = tl.full((block.columns,), 0, tl.float32)
             for copy in range(start, end):
                 buffer = find(memory.buffers, tl.load(rows.rank + copy), kind)
                 row = buffer + tl.load(rows.row + copy).to(tl.int64) * size.width

@@ -8,12 +8,17 @@ A flag is one int32. It is zero before a use, only ever added to, and always wit
 other end is another device. A reader waits for the exact total that it knows in advance. Between two uses flags are
 zeroed behind a barrier of all ranks (``parallel.kernels.peers``).
 
-Reading goes through ``tl.atomic_poll``: one thread loads until the value is there, fences, and the program's barrier
-hands the order on to the other threads. A loop over an ordinary volatile load would not do: every warp would load for
-itself, two warps could read different values and leave the loop at different times. Adding goes through
-``tl.atomic_add``, before which Triton puts a barrier of the program, so that the stores of all its threads come first.
-On gfx942 that barrier waits for no store of another wave by itself; what holds there is that the stores of one
-compute unit keep their order up to the write-back (``buffer_wbl2 sc0 sc1``) that the release starts with.
+Reading goes through ``tl.atomic_cas`` with the awaited value for both of its own: it changes nothing. One thread asks,
+acquires, and the program's barrier hands what it found and the order on to the other threads, so that all leave the
+loop together. A loop over an ordinary volatile load would not do: every warp would load for itself, two warps could
+read different values and leave the loop at different times. ``tl.atomic_poll``, which asks with plain loads, came after
+Triton 3.7, and torch 2.13 comes with 3.7.1 where there is a GPU. Flags that are polled lie on the device
+that polls, and an exchange that changes nothing breaks no chain of additions: who reads the last has acquired from all.
+
+Adding goes through ``tl.atomic_add`` behind a barrier of the program, so that the stores of all its threads come first.
+Triton 3.9 puts one there by itself, 3.7 does not. A barrier of gfx942 waits for no store of another wave: before it
+every wave writes back and waits itself. The release would write back as well, and does not wait for it where Triton
+is 3.7, whose LLVM drops that wait (llvm-project pull request 178316).
 
 What is addressed on a peer is found through a table: int64 [n], the address of each rank's buffer as this rank sees it.
 
@@ -27,6 +32,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip_cdna3, is_hip_cdna4
+
+WRITE_BACK = tl.constexpr("buffer_wbl2 sc0 sc1\ns_waitcnt vmcnt(0)")  # of a wave, for peers to see what it stored
 
 
 class Launch(NamedTuple):
@@ -40,12 +48,16 @@ class Launch(NamedTuple):
 @triton.jit
 def wait_for(flag, value):  # type: ignore[no-untyped-def]
     """Returns when ``flag`` is ``value``. What its writers stored before can be read from here on."""
-    tl.atomic_poll(flag, value, sem="acquire", scope="sys")
+    while tl.atomic_cas(flag, value, value, sem="acquire", scope="sys") != value:
+        pass
 
 
 @triton.jit
 def raise_flag(flag, by):  # type: ignore[no-untyped-def]
     """Adds to ``flag`` after everything that this program has stored."""
+    if is_hip_cdna3() or is_hip_cdna4():
+        tl.inline_asm_elementwise(WRITE_BACK, "=v,v,~{memory}", [by], tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
     tl.atomic_add(flag, by, sem="release", scope="sys")
 
 

@@ -86,7 +86,7 @@ def _sum_slots(memory, size, block: tl.constexpr):  # type: ignore[no-untyped-de
             columns = t // down % across * block.columns + tl.arange(0, block.columns)
             places = rows[:, None] * size.columns + columns[None, :]
             inside = (rows < end)[:, None] & (columns < size.columns)[None, :]
-            total = tl.zeros((block.rows, block.columns), dtype=tl.float32)
+            total = tl.full((block.rows, block.columns), 0, tl.float32)
             for source in range(size.ranks):
                 complete = (end - chunk * size.chunk) * size.columns
                 wait_for(memory.arrived + source * chunks + chunk, complete)

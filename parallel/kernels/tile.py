@@ -35,7 +35,7 @@ def multiply(x, weight, rows, columns, depth, tile: tl.constexpr):  # type: igno
     k = tl.arange(0, tile.depth)
     left = x + rows[:, None] * depth + k[None, :]
     right = weight + columns[:, None] * depth + k[None, :]
-    total = tl.zeros((tile.rows, tile.columns), dtype=tl.float32)
+    total = tl.full((tile.rows, tile.columns), 0, tl.float32)
     for start in range(0, depth, tile.depth):
         inside = k[None, :] < depth - start
         a = tl.load(left, mask=inside, other=0.0)

@@ -37,6 +37,7 @@ from training.evaluate import count_sequences, evaluate
 from training.finish import Ending
 from training.gather import gather_whole, name_tensors
 from training.health.fingerprint import CorruptionError, Fingerprints
+from training.ledger import open_ledger
 from training.metrics import Record
 from training.microbatches import total_travel
 from training.placer import Placer
@@ -60,8 +61,9 @@ def stop_together(stand: Stand) -> bool:
     """When one rank is asked to stop, none takes another step."""
     rank, progress = stand.setup.mesh.rank, Progress()
     with (
+        open_ledger(stand.folder, False, 2, 0.0) as ledger,
         Record(stand.folder / f"{rank}.jsonl") as record,
-        watch(stand.setup, progress, stand.folder, record, 0.0) as watchers,
+        watch(stand.setup, progress, stand.folder, record, ledger) as watchers,
     ):
         watchers.interrupt.asked = rank == 1
         outcome = run_steps(stand.setup, progress, watchers)
@@ -92,7 +94,7 @@ def give_up_together(stand: Stand) -> bool:
     notes: list[str] = []
     folder = locate(stand.folder / FOLDER, 1)
     if stand.setup.mesh.rank == 1:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # another rank may be writing already
         (folder / "00001.safetensors").symlink_to("/dev/full")
     try:
         save(stand, 1, notes)

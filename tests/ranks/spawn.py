@@ -8,7 +8,8 @@ are killed. A rank whose parent is gone ends by itself.
 """
 
 import faulthandler
-import multiprocessing
+import gc
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -25,7 +26,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PRELOAD = ["torch.distributed", "torch._dynamo", "training.fsdp2", "training.native", "training.proof.prove", "pytest"]
+import pytest
+
+from configs.network import NetworkConfig
+
 GRACE = 1.0  # seconds that ranks have to write their stacks
 LAST = 20  # lines of a rank's output shown with a failure
 
@@ -49,7 +53,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     ``function`` is importable; values and arguments are copied between processes. Raises RankError.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    _start_server()
     work = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder, processes, channels = Path(name), [], []
@@ -66,6 +70,14 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def _start_server() -> None:
+    """Starts the fork server, if there is none. It imports from where this process does, which is not of itself so."""
+    multiprocessing.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        multiprocessing.forkserver.ensure_running()
 
 
 def _collect(processes: list[BaseProcess], channels: list[Connection], folder: Path, timeout: float) -> list[Any]:
@@ -147,8 +159,10 @@ def _run(rank: int, world: int, folder: Path, timeout: float, work: bytes) -> An
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what was preloaded is no garbage: DeepSpeed's stage 3 would go through it over and over
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(NetworkConfig().trace)  # as every rank of a run has it
     function, args = pickle.loads(work)  # noqa: S301 (the parent wrote it)
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))

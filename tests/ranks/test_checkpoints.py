@@ -111,7 +111,7 @@ def make(text: Path, layout: Layout, precision: Precision) -> TrainConfig:
         precision=precision,
         steps=STEPS,
         global_batch=12,
-        micro_batch=1,
+        micro_batch=2,
     )
     config.parallel, config.run.sample.tokens = layout.parallel(), 0
     config.checkpoint.every, config.checkpoint.keep, config.optimizer.ema = CUT, STEPS, 0.7

@@ -59,6 +59,8 @@ OVERRIDES = {
     "data.held_out=1": "must lie between 0 and 1",
     "data.corpus=[]": "must name a text",
     "data.workers=0": "must be at least 1",
+    "preflight.slow=1": "must be above 1",
+    "telemetry.prometheus=9400": "must be host:port",
     "optimizer.lr=0": "must be positive",
     "optimizer.beta2=1": "must be at least 0 and below 1",
     "optimizer.rate.warmup_steps=-1": "must not be negative",
@@ -92,6 +94,16 @@ OVERRIDES = {
     "verify=never": "must be one of auto, require, skip",
     "cluster.price_per_device_hour=-1": "must not be negative",
     "cluster.devices_per_node=0": "must be at least 1",
+    "cluster.nodes=2": "needs cluster=slurm: this machine is one node",
+    "cluster.partition=fast": "needs cluster=slurm: no scheduler takes it on this machine",
+    "cluster.requeue=false": "cluster.requeue=false needs cluster=slurm",
+    "cluster.setup=[module]": "cluster.setup=[module] needs cluster=slurm",
+    "cluster.device_gigabytes=0": "must be positive, or null",
+    "cluster=slrum": "did you mean slurm?",
+    "cluster.partion=fast": "did you mean cluster.partition?",
+    "cluster.additional_parameters=3": "must be a mapping in braces, each value a string",
+    "cluster.additional_parameters.nice=[1]": "must be a string: a value of cluster.additional_parameters",
+    "cluster.additional_parameters={nice: [1]}": "must be a mapping in braces, each value a string",
     # words that cannot be read
     "run.steps=[1,2": "cannot be read",
     "run.id='a": "cannot be read",
@@ -102,6 +114,38 @@ OVERRIDES = {
     "+run.steps=3": "write run.steps=3",
     "run.name=${nobody}": "cannot be resolved",
     "run.name=${oc.env:SHOESTRING_NOBODY}": "cannot be resolved",
+}
+# What is typed behind `validate cluster=slurm`, of 8 ranks where nothing else is said.
+SLURM = {
+    "parallel.dp=4": "parallel.pp*dp*cp*tp = 1*4*1*1 = 4 ranks must be cluster.nodes*devices_per_node = 1*8 = 8: there",
+    "parallel.pp=3": "parallel.pp*cp*tp = 3*1*1 = 3 must divide cluster.nodes*devices_per_node = 1*8 = 8: there is",
+    "cluster.nodes=3": "run.global_batch=8 must be divisible by parallel.dp=24",
+    "cluster.nodes=0": "must be at least 1",
+    "cluster.spares=-1": "must not be negative",
+    "cluster.timeout_min=0": "must be at least 1, or null",
+    "cluster.timeout_min=2": "cluster.signal_seconds=120 must be below the 120 seconds of cluster.timeout_min=2",
+    "cluster.signal_seconds=0": "must be at least 1",
+    "cluster.signal_seconds=70000": "must be at most 65535",
+    "cluster.cpus_per_task=0": "must be at least 1, or null",
+    "cluster.mem=lots": "must be a number with K, M, G or T behind it",
+    "cluster.exclude=n1 n2": "must be names of nodes, as n1,n[3-5]",
+    "cluster.partition=''": "must not be empty: null stands for nothing",
+    "cluster.partition=' a'": "must not begin or end with a space",
+    'cluster.qos="a\nb"': "must be printable characters on a single line",
+    "cluster.account='a\x1bb'": "cluster.account=a\\x1bb must be printable",
+    "cluster.container_mounts=['/a:/b']": "needs cluster.container_image: they are mounted in it",
+    "cluster.launcher=mpirun": "must be one of srun, torchrun",
+    "cluster.additional_parameters={nodes: 4}": "cluster.additional_parameters.nodes=4 must be left to cluster.nodes",
+    "cluster.additional_parameters={ntasks_per_node: 4}": "must be left to cluster.devices_per_node",
+    "cluster.additional_parameters={array: 0-3}": "must be left to --multirun",
+    "cluster.additional_parameters={N: 4}": "must be named like a long option of sbatch",
+    "cluster.additional_parameters={comment: ' a'}": "comment= a must not begin or end with a space",
+    "cluster.device_gigabytes=0.001": "must be at least",
+    "data.corpus=[nowhere]": "data.corpus=nowhere: no such file or folder",
+    "data.tokenizer=nowhere": "data.tokenizer=nowhere: no such file",
+    "init_from=nowhere": "init_from=nowhere must be a folder of weights",
+    "run.folder=/dev/null/runs": "run.folder=/dev/null/runs must be a folder that takes files: /dev/null is no folder",
+    "checkpoint.folder=s4://bucket/x": "Protocol not known: s4",
 }
 RAMP = ("run.ramp.start=4", "run.ramp.jump=1", "run.ramp.tokens=4096", "parallel.pp=2", "parallel.dp=1")
 LINES = {
@@ -221,6 +265,12 @@ def test_override(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert key.split("=")[0] in message
     assert value.strip("[]'") in message or value == "{exprts: 4}"
     assert OVERRIDES[word] in message
+
+
+@pytest.mark.parametrize("word", SLURM)
+def test_mistake_about_a_cluster(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = answer(capsys, "validate", "cluster=slurm", "run.micro_batch=1", word)
+    assert SLURM[word] in message
 
 
 @pytest.mark.parametrize("words", LINES, ids=" ".join)

@@ -90,6 +90,12 @@ def test_nodes_of_another_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert read_groups(lines(capsys, *LARGE, "cluster.devices_per_node=4"))["tp"][0] == [16, 8, 16]
 
 
+def test_a_cluster_has_a_rank_on_each_device(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run=tiny", "cluster=slurm", "cluster.nodes=2", "cluster.devices_per_node=2", "run.micro_batch=1")
+    first = lines(capsys, *words, "parallel.pp=2")[0]
+    assert first.startswith("tiny: 4 ranks on 2 nodes of 2 devices: pp=2 dp=2 ")
+
+
 def test_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
     first, _, *rows = lines(capsys, "77", *LARGE)
     assert first == "rank 77 of 128: device 5 of node 9; pp 0, dp 9, cp 0, tp 5, edp 2, ep 13"

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,6 +155,39 @@ def test_both_ends_of_every_link_have_the_rate(network: Network, rate: float | N
         queues = {queue["dev"]: queue for queue in json.loads(shown) if queue["dev"] in names}
         assert [queues[name]["kind"] for name in names] == ["noqueue" if rate is None else "tbf"] * len(names)
         assert rate is None or [queues[name]["options"]["rate"] for name in names] == [rate * 125e3] * len(names)
+
+
+def reach(network: Network) -> bool:
+    """Whether rank 1 hears what rank 0 says, within a second."""
+    with inside(network.links.ranks[1]):
+        server = socket.create_server(("10.77.0.2", 7000))
+    with inside(network.links.ranks[0]), server:
+        try:
+            socket.create_connection(("10.77.0.2", 7000), timeout=1).close()
+            return True
+        except TimeoutError:
+            return False
+
+
+def test_a_rank_is_unplugged_and_plugged_in(network: Network) -> None:
+    assert reach(network)
+    network.plug(1, False)
+    assert not reach(network)
+    network.plug(1, True)
+    assert until(lambda: reach(network))
+
+
+def test_a_renewed_rank_keeps_its_place_and_nothing_else(network: Network) -> None:
+    assert reach(network)
+    with inside(network.links.ranks[1]):
+        was = os.readlink("/proc/thread-self/ns/net")
+        subprocess.run(["ip", "link", "add", "left", "type", "veth", "peer", "name", "right"], check=True)
+    network.renew(1)
+    with inside(network.links.ranks[1]):
+        assert os.readlink("/proc/thread-self/ns/net") != was
+    assert list_links(network.links.ranks[1]) == {"wire"} and until(lambda: reach(network))
+    assert list_links(network.links.hub) == {"hub", "port0", "port1"}
+    assert network.run(look, 7)[1][2:] == ({"lo", "wire"}, "10.77.0.2")
 
 
 def test_the_first_exception_ends_all_ranks_and_is_told(network: Network, tmp_path: Path) -> None:

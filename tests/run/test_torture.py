@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from test_train import SMALL
 
+from training.health.config import Fault
+
 SHORT = ["data.corpus=[text.txt]", *SMALL, "precision=bf16", "run.micro_batch=1"]
 # Six kinds, all that a run is to notice by itself: numbers, memory, disk, a hang, a death, damage.
 SIX = ["0:3:backward:nan", "1:6:forward:flip", "1:9:writing:full", "0:12:all-to-all:stop", "1:15:optimizer:kill"]
@@ -77,7 +79,7 @@ def test_a_campaign_of_every_kind_and_phase(folder: Path) -> None:
     assert len(rows) >= 25 and done.stdout.splitlines()[-1].startswith(
         f"{len(rows)} of {len(rows)} faults were noticed"
     )
-    assert "11 kinds in 8 phases" in done.stdout.splitlines()[-1]
+    assert f"{len(Fault)} kinds in 8 phases" in done.stdout.splitlines()[-1]
 
 
 def test_a_rank_that_is_slow_is_named(folder: Path) -> None:

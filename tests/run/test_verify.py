@@ -141,7 +141,7 @@ def test_under_a_launcher_it_says_what_to_do(
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["verify", "parallel.dp=2"]) == 2
-    assert "RANK in the environment: shoestring verify starts ranks of its own" in capsys.readouterr().err
+    assert "rank 0 of 2 that torchrun started: shoestring verify starts ranks of its own" in capsys.readouterr().err
 
 
 def test_a_rank_that_fails_fails_the_proof() -> None:

@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import Any
 
 LIMIT = 100.0  # seconds for a check
@@ -74,26 +74,21 @@ def prepare() -> None:
     """Before anything imports Triton."""
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter
 
     torch.set_num_threads(1)  # which also makes forking safe
-    for name in ("create_dot", "create_atomic_poll", "create_fp_to_fp", "cast_impl"):
-        setattr(InterpreterBuilder, name, partialmethod(globals()[name], getattr(InterpreterBuilder, name)))
+    for name in ("create_dot", "create_fp_to_fp", "cast_impl"):
+        plain = getattr(interpreter.InterpreterBuilder, name)
+        setattr(interpreter.InterpreterBuilder, name, partialmethod(globals()[name], plain))
+    interpreter._patch_lang_core = partial(patch_lang_core, interpreter._patch_lang_core)
 
 
 def create_dot(builder: Any, plain: Callable[..., Any], a: Any, b: Any, *rest: Any) -> Any:
-    """Triton 3.9's interpreter would multiply bfloat16 as the integers in which it keeps them."""
+    """Triton's interpreter would multiply bfloat16 as the integers in which it keeps them."""
     import triton.language as tl
 
     wide = (x if x.dtype.scalar == tl.float32 else builder.cast_impl(x, tl.float32) for x in (a, b))
     return plain(builder, *wide, *rest)
-
-
-def create_atomic_poll(builder: Any, plain: Callable[..., Any], flag: Any, value: Any, limit: Any, *rest: Any) -> Any:
-    """It would take no time limit for one, and fail as soon as it has to wait. And it leaves no time to others."""
-    while builder.create_load(flag, None, True).data.item() != value.data.item():
-        time.sleep(0.0005)
-    return plain(builder, flag, value, None, *rest)
 
 
 def create_fp_to_fp(builder: Any, plain: Callable[..., Any], x: Any, kind: Any, rounding: Any) -> Any:
@@ -123,6 +118,17 @@ def cast_impl(builder: Any, plain: Callable[..., Any], x: Any, kind: Any) -> Any
         same = torch.tensor(x.data.view(str(bits).removeprefix("torch.")))
         return TensorHandle(same.view(dtype).float().numpy(), tl.float32)
     return plain(builder, x, kind)
+
+
+def patch_lang_core(plain: Callable[..., None], language: Any, scope: Any) -> None:
+    """In Triton 3.7 it would know no type of 8 bits that is gfx942's."""
+    plain(language, scope)
+    known = language.dtype.to_ir
+
+    def to_ir(kind: Any, builder: Any) -> Any:
+        return builder.get_fp8e4b8_ty() if kind.name == "fp8e4b8" else known(kind, builder)
+
+    scope.set_attr(language.dtype, "to_ir", to_ir)
 
 
 def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:

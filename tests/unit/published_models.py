@@ -25,7 +25,9 @@ def make_counterpart(model: Transformer) -> Any:
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     tensors = {name: pending.make() for name, pending in publish(Resident(model), model.config).items()}
     kind = getattr(transformers, values["architectures"][0])
-    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **EAGER)
+    made = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **EAGER)
+    # Since 5.24 routers stay in float32 whatever is asked for; their weights are drawn in it.
+    return made.to(dtype) if dtype is torch.float64 else made
 
 
 def list_gradients(named: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:

@@ -276,9 +276,11 @@ def test_what_a_disk_could_not_take_is_said_before_the_next_fault(tmp_path: Path
     def go_through() -> Iterator[int]:
         yield from range(3, 6)
         begun.rename(begun.with_name("00000006"))  # the one after it is under way
-        yield 6
+        yield 6  # where it was not even begun, too
+        (tmp_path / "metrics.jsonl").write_text('{"kind": "checkpoint_failed"}\n')
+        yield 7
 
-    assert take(tmp_path, faults, go_through()) == ["updated"] * 3 + ["health.faults asked for 1:4:optimizer:error"]
+    assert take(tmp_path, faults, go_through()) == ["updated"] * 4 + ["health.faults asked for 1:4:optimizer:error"]
 
 
 def test_a_disk_fails_as_often_as_it_is_to(tmp_path: Path) -> None:
@@ -291,6 +293,8 @@ def test_a_disk_fails_as_often_as_it_is_to(tmp_path: Path) -> None:
             write_part(tmp_path / "out", 0, [Chunk("a", (2,), (0,), torch.ones(2))], {})
             commit(tmp_path / "out", 1)
         except OSError as error:
+            with (tmp_path / "metrics.jsonl").open("a") as record:  # as a run says it
+                record.write('{"kind": "checkpoint_failed"}\n')
             return str(error)
         return "saved"
 
@@ -302,7 +306,10 @@ def test_a_disk_fails_as_often_as_it_is_to(tmp_path: Path) -> None:
 
 
 def test_a_spoilt_checkpoint_differs_in_a_bit(tmp_path: Path) -> None:
-    (tmp_path / "00000.safetensors").write_bytes(bytes(100))
-    spoil_checkpoint({"folder": tmp_path})
-    content = (tmp_path / "00000.safetensors").read_bytes()
-    assert len(content) == 100 and sum(content) == 1
+    """In the file that the rank itself reads next: another may have been read already."""
+    paths = [tmp_path / f"{rank:05}.safetensors" for rank in range(2)]
+    for path in paths:
+        path.write_bytes(bytes(100))
+    spoil_checkpoint({"folder": tmp_path, "rank": 1})
+    contents = [path.read_bytes() for path in paths]
+    assert list(map(len, contents)) == [100, 100] and list(map(sum, contents)) == [0, 1]

@@ -78,9 +78,10 @@ def test_in_and_out_of_transformers(name: str, dtype: torch.dtype, tmp_path: Pat
     found = read_config(tmp_path / "theirs")
     assert describe(found, "any") == describe(config, "any")
     load(other, tmp_path / "theirs")
+    # Until 5.23 it rounds routers to the dtype of the rest, since 5.24 it keeps them in float32.
+    rounded = all(p.dtype == dtype for name, p in counterpart.named_parameters() if name.endswith("gate.weight"))
     for key, tensor in Resident(model).tensors.items():
-        # It rounds routers to the dtype of the rest.
-        wanted = tensor.to(dtype).to(tensor.dtype) if key.endswith("router.weight") else tensor
+        wanted = tensor.to(dtype).to(tensor.dtype) if rounded and key.endswith("router.weight") else tensor
         assert torch.equal(Resident(other).tensors[key], wanted), key
 
     export(Resident(other), found, tmp_path / "again")

@@ -19,8 +19,8 @@ LAZY = {"deepspeed", "fsspec", "mpi4py", "transformers", "triton", "wandb", "ten
 PURE = {
     "configs", "model.config", "model.count", "parallel.config", "parallel.pipeline.action",
     "parallel.pipeline.schedules", "parallel.pipeline.stages", "parallel.placement", "parallel.rules",
-    "parallel.topology", "training.config", "training.health.config", "training.ramp", "training.support",
-    "training.timeline",
+    "parallel.topology", "training.config", "training.footprint", "training.health.config", "training.ramp",
+    "training.support", "training.timeline",
 }  # fmt: skip
 # Data and rules about ranks: the standard library, numpy where it pays.
 PLAIN = (

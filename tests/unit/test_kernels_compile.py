@@ -26,7 +26,8 @@ TARGETS = ("cuda:90", "cuda:100", "hip:gfx942")
 PRODUCTS = ("gather_matmul", "matmul_scatter")
 UNITS = {"cuda:90": "wgmma.mma_async", "cuda:100": "tcgen05.mma", "hip:gfx942": "v_mfma_f32"}
 WAIT = ("gather_matmul", "sum_slots", "combine", "await_flags")
-RAISE = ("matmul_scatter", "dispatch", "announce", "mark")
+STORE = ("matmul_scatter", "dispatch")
+RAISE = (*STORE, "announce", "mark")
 COMPILE = """
 import pickle, sys
 from model.kernels import cases as ours
@@ -111,25 +112,29 @@ def test_products_use_the_matrix_units(built: Built) -> None:
 def test_waits_acquire_from_the_system(built: Built, name: str) -> None:
     text = built.kernels[name].text
     if built.target.startswith("hip"):
-        assert re.search(r"global_load_dword v\d+, .* sc0 sc1\n", text) and "buffer_inv sc0 sc1" in text
+        acquired = r"global_atomic_cmpswap .* sc0 sc1\n\s*s_waitcnt vmcnt\(0\)\n\s*buffer_inv sc0 sc1\n"
+        assert re.search(acquired, text)
         return
-    poll = text.index("ld.relaxed.sys.global.b32")
-    fence = text.index("fence.acquire.sys;", poll)
-    assert re.match(r"fence\.acquire\.sys;\s+bar\.sync", text[fence:]) or name == "await_flags"
+    poll = text.index("atom.global.acquire.sys.cas.b32")
+    leave = text.index("bra", poll)
+    assert "bar.sync" in text[poll:leave], "all threads leave together"
     assert "ld.global.nc" not in text
     if name == "gather_matmul":
-        assert text.index("cp.async.cg") > fence, "no load of a tile before its flag"
+        assert text.index("cp.async.cg") > leave, "no load of a tile before its flag"
 
 
 @pytest.mark.parametrize("name", RAISE)
 def test_flags_are_raised_behind_the_stores_of_the_whole_program(built: Built, name: str) -> None:
     text = built.kernels[name].text
     if built.target.startswith("hip"):
-        released = r"buffer_wbl2 sc0 sc1\n(?:.*\n)*?\s*s_waitcnt vmcnt\(0\)\n\s*global_atomic_add .* sc1\n"
-        assert re.search(released, text)
+        (written,) = (match.end() for match in re.finditer(r"\s+buffer_wbl2 sc0 sc1\ns_waitcnt vmcnt\(0\)\n", text))
+        (flag,) = (match.start() for match in re.finditer(r"global_atomic_add .* sc1\n", text))
+        assert written < flag and "global_store" not in text[written:flag]
+        assert ("s_barrier" if name in STORE else "; wave barrier") in text[written:flag], "every wave has written back"
+        assert "buffer_wbl2 sc0 sc1" in text[written:flag], "a release"
         return
-    (flag,) = (match.start() for match in re.finditer(r"red\.global\.sys\.release\.add\.u32", text))
-    if name in ("matmul_scatter", "dispatch"):
+    (flag,) = (match.start() for match in re.finditer(r"(?:red|atom)\.global\.sys\.release\.add\.u32", text))
+    if name in STORE:
         # Stores of the loop before, which may come later in the text, or of this stretch without a jump.
         stretch = re.split(r"\$L__BB\S+:|st\.global", text[:flag])[-1]
         assert "bar.sync" in stretch

@@ -9,9 +9,9 @@ from small_models import make_config
 from torch.distributed import HashStore
 
 from configs.schema import RunConfig
-from launcher import ranks
+from launcher.agreement import agree
+from launcher.discover import Rank
 from launcher.gate import UnprovedError
-from launcher.member import agree
 from parallel.topology import Topology
 from training.config import CheckpointConfig, DataConfig, OptimizerConfig, RunSection
 
@@ -28,7 +28,7 @@ def meet(make: Callable[[Topology], Path], here: tuple[int, int] = (2, 2), near_
     store = HashStore()
     with ThreadPoolExecutor() as threads:
         return [
-            threads.submit(agree, store, config, ranks.Rank(rank, 2, 0, here[rank]), make if rank == 0 else refuse)
+            threads.submit(agree, store, config, Rank(rank, 2, 0, here[rank]), make if rank == 0 else refuse)
             for rank in (0, 1)
         ]
 

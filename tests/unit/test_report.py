@@ -1,7 +1,5 @@
 """Which of several dead ranks is named first, from exit codes and error files."""
 
-import json
-import os
 import signal
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 
 from launcher.logs import log_of
 from launcher.report import describe, keep_traces, mistake, read_deaths
+from training.health.beat import RECORD, Ending, locate, write
 
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4711: Connection reset by peer"
 
@@ -22,11 +21,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def keep(run: Path, rank: int, message: str, time: float) -> None:
-    """An error file as torch's ``record`` writes it."""
-    path = log_of(run, rank, "error.json")
-    error = {"message": message, "extraInfo": {"py_callstack": f"Traceback\n{message}\n", "timestamp": "1"}}
-    path.write_text(json.dumps({"message": error}))
-    os.utime(path, (time, time))
+    """The record of a rank that ended by an exception."""
+    ending = Ending(rank, "", round(time * 1e9), "", message, f"Traceback\n{message}\n")
+    write(locate(run, rank, RECORD), ending)
 
 
 def test_a_lost_connection_is_no_root(run: Path) -> None:
@@ -65,7 +62,7 @@ def test_a_mistake_counts_though_other_ranks_that_found_it_were_ended(run: Path)
     assert mistake(read_deaths(run, {0: -signal.SIGTERM, 1: 1})) is None
 
 
-def test_an_error_file_cut_short_is_none(run: Path) -> None:
-    log_of(run, 0, "error.json").write_text('{"message": {"mess')
+def test_a_record_cut_short_is_none(run: Path) -> None:
+    locate(run, 0, RECORD).write_text('{"rank": 0, "no')
     (death,) = read_deaths(run, {0: -signal.SIGKILL})
     assert death.brief == "was ended by SIGKILL"

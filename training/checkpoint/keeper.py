@@ -8,7 +8,8 @@
     removing  where a rank could not write: what was written, by rank 0, in that thread
 
 A rank that cannot write, because a disk is full or a store does not answer, does not end the run: what was written is
-removed, the reason is said, and the next checkpoint is tried when it is due.
+removed, the reason is said, and the next checkpoint is tried when it is due. A rank of an attempt that has been
+superseded (training/checkpoint/fence.py) writes nothing, and ends.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from parallel.doing import doing
 from training.agree import agree, tell
-from training.checkpoint import folders
+from training.checkpoint import fence, folders
 from training.checkpoint.interval import Clock, choose_best
 from training.checkpoint.part import FAILURES, commit, write_part
 from training.checkpoint.staging import Staged, Staging
@@ -73,6 +74,7 @@ class Keeper:
         self._expect = expect
         self._setup, self._root = setup, folders.find_root(setup.config.checkpoint.folder, folder)
         self._record, self._note = record, note
+        self._fence = fence.enter(folder)
         self._how = setup.config.checkpoint
         self._first = setup.mesh.rank == 0
         self._staging, self._staged = Staging(setup.mesh.device), list[Staged]()
@@ -128,7 +130,8 @@ class Keeper:
         check = self._expect(progress.step)
 
         def write() -> Done:
-            copies = staged.fill()
+            copies = staged.fill()  # whatever comes then: a step waits for it
+            self._fence.check()
             check(copies)
             return Done(write_part(folder, self._setup.mesh.rank, copies, facts), self._clock.now() - started)
 
@@ -155,6 +158,7 @@ class Keeper:
         where it was ``interrupted``. Returns when all is on disk: whether the end is. Collective.
         """
         self.settle()  # one that is under way counts
+        self._fence.check()
         on = bool(self._how.every) or (self._how.minutes is not None and (interrupted or self._count))
         if wanted and on:
             self.save(progress)
@@ -167,6 +171,7 @@ class Keeper:
 
     def _commit(self) -> Done:
         assert self._saved is not None
+        self._fence.check()
         self._record.sync()  # no step that a run goes on behind is missing from it
         size = commit(folders.locate(self._root, self._saved.step), self._setup.mesh.topology.world)
         folders.prune(self._root, self._how.keep, self._how.keep_every, self._saved.best)

@@ -6,22 +6,22 @@ from pathlib import Path
 
 from configs.schema import TrainConfig
 from parallel.mesh import Mesh
-from training.checkpoint.folders import find_root
-from training.checkpoint.state import Progress
+from training.checkpoint import fence, folders, state
 from training.health.beat import keep_error
 from training.health.faults import come_through
 from training.health.memory import OutOfMemoryError, explain, ran_out
 from training.health.pulse import Pulse
+from training.ledger import Ledger, open_ledger
 from training.setup import Setup
 
 
 class Attendance:
     """What is known of the run so far."""
 
-    def __init__(self, pulse: Pulse) -> None:
-        self._pulse = pulse
+    def __init__(self, pulse: Pulse, ledger: Ledger) -> None:
+        self._pulse, self.ledger = pulse, ledger
         self._setup: Setup | None = None  # once there is one
-        self._progress = Progress()
+        self._progress = state.Progress()
         self._begun = 0
 
     def follow(self, setup: Setup, say: Callable[[str], None]) -> None:
@@ -29,7 +29,7 @@ class Attendance:
         self._setup = setup
         self._pulse.watch(True, say)
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: state.Progress) -> None:
         """``progress`` is how far the run has come, and goes along with it."""
         self._progress, self._begun = progress, progress.step
 
@@ -46,23 +46,28 @@ class Attendance:
 
 
 @contextmanager
-def attend(mesh: Mesh, config: TrainConfig, folder: Path) -> Iterator[Attendance]:
+def attend(mesh: Mesh, config: TrainConfig, folder: Path, price: float) -> Iterator[Attendance]:
     """While entered, the rank has a heartbeat in the run's ``folder``; an exception is kept there before it goes on.
+    So is, by rank 0, where time goes; ``price``: of all devices, an hour.
 
     One that says that memory has run out becomes a ValueError with what to change, or an ``OutOfMemoryError`` where
     steps have been taken, for which the memory was enough.
     """
     rank, world = mesh.rank, mesh.topology.world
-    faults = come_through(config.health.faults, folder, find_root(config.checkpoint.folder, folder), rank, world)
-    with Pulse(config.health, folder, rank, world) as pulse, faults:
-        attendance = Attendance(pulse)
+    faults = come_through(
+        config.health.faults, folder, folders.find_root(config.checkpoint.folder, folder), rank, world
+    )
+    opened = open_ledger(folder, rank == 0, world, price)
+    with opened as ledger, Pulse(config.health, folder, rank, world) as pulse, faults:
+        attendance = Attendance(pulse, ledger)
         try:
             yield attendance
         except Exception as error:
             explained = attendance.explain(error)
             if explained is not error:
                 explained.__cause__ = error
-            keep_error(folder, rank, explained)
+            if not isinstance(error, fence.SupersededError):  # the folder of records is another attempt's
+                keep_error(folder, rank, explained)
             if explained is error:
                 raise
             raise explained from error

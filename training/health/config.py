@@ -25,7 +25,10 @@ class Fault(StrEnum):
 
     kill = "kill"  # SIGKILL
     term = "term"  # SIGTERM
+    segv = "segv"  # SIGSEGV: a library is broken, or memory
+    exit = "exit"  # ends without a word
     stop = "stop"  # SIGSTOP: the process is there and does nothing
+    stuck = "stuck"  # does not come back
     error = "error"  # an exception
     nan = "nan"  # in a gradient
     flip = "flip"  # of a bit of a weight
@@ -107,3 +110,29 @@ class HealthConfig:
             raise ValueError(f"health.verify_every={self.verify_every} must not be negative")
         for text in self.faults:
             parse(text)
+
+
+@dataclass(kw_only=True, slots=True)
+class TelemetryConfig:
+    """What devices draw, do and hold while a run goes on (docs/health.md)."""
+
+    every: float | None = 10.0  # seconds between two samples of each device, which the record gets; null: none
+    prometheus: str | None = None  # host:port where the latest figures can be fetched, and nowhere else; null: nowhere
+
+    def __post_init__(self) -> None:
+        if self.every is not None and not self.every > 0:
+            raise ValueError(f"telemetry.every={self.every} must be positive, or null")
+        if self.prometheus is not None:
+            split_address(self.prometheus)
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of ``telemetry.prometheus``. Raises ValueError for what is none."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(
+            f"telemetry.prometheus={text} must be host:port, for example 127.0.0.1:9400 (0.0.0.0:9400: whoever can "
+            "reach this machine may read it)"
+        )
+    return host, int(port)

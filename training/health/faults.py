@@ -117,13 +117,20 @@ class Faults:
         """Whether what the fault before did has been seen, and what the next one is to meet will be there: a disk takes
         as many steps as it takes."""
         coming = self._faults[number + 1] if number + 1 < len(self._faults) else None
-        if coming is not None and coming.phase is Phase.loading:
-            # Where the only one is spoilt, a run does not begin again: there has to be one before it.
-            return len(folders.find(self._root)) > (coming.kind is Fault.corrupt)
+        loads = coming is not None and coming.phase is Phase.loading
+        # Where the only one is spoilt, a run does not begin again: there has to be one before it.
+        if loads and len(folders.find(self._root)) <= (coming is not None and coming.kind is Fault.corrupt):
+            return False
         if number and self._faults[number - 1].kind in DISK_FAULTS:  # it is said, then removed
             mark = json.loads(locate_mark(self._run, self._faults, number - 1).read_text(encoding="utf-8"))
-            return all(step > mark["step"] for step in folders.find_begun(self._root))
+            removed = all(step > mark["step"] for step in folders.find_begun(self._root))
+            return removed and self._count_failed() >= sum(f.kind in DISK_FAULTS for f in self._faults[:number])
         return True
+
+    def _count_failed(self) -> int:
+        """Checkpoints that the run has said it could not write."""
+        record = self._run / "metrics.jsonl"
+        return record.read_text(encoding="utf-8").count('"kind": "checkpoint_failed"') if record.exists() else 0
 
     def _happen(self, fault: FailAt, frame: FrameType) -> None:
         if fault.kind is Fault.slow:

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from training.health import collectives
 from training.health.beat import is_sibling, is_stopped, keep_words, name_process, read_beat, read_ending
 from training.health.config import HealthConfig
 from training.health.stacks import show_stacks
@@ -33,6 +34,7 @@ def end_hang(config: HealthConfig, run: Path, rank: int, world: int, action: str
         return
     error = f"HangError: {hang.describe()}"
     keep_words(run, rank, action, error, show_stacks())
+    collectives.keep(run, rank)
     time.sleep(2 * every)  # the others find out too
     report = run / "logs" / REPORT
     said = "\n".join((*hang.lines, f"stacks of all ranks: {report}"))
@@ -48,6 +50,8 @@ def end_hang(config: HealthConfig, run: Path, rank: int, world: int, action: str
 
 def _write_report(hang: Hang, run: Path, world: int) -> str:
     parts = ["\n".join(hang.lines)]
+    if missing := collectives.find_missing({rank: collectives.read_kept(run, rank) for rank in range(world)}):
+        parts.append("\n".join(missing))
     for rank in range(world):
         ending = read_ending(run, rank)
         parts.append(f"rank {rank}\n{ending.stack if ending else 'has left no stack'}")

@@ -15,7 +15,7 @@ import torch
 from training.checkpoint import files, part
 from training.health.config import FailAt, Fault, Phase
 
-Variables = Mapping[str, Any]  # of the function in which it happens, and ``setup`` once a step has begun
+Variables = Mapping[str, Any]  # of the function in which it happens, ``rank``, and ``setup`` once a step has begun
 
 
 class InjectedError(RuntimeError):
@@ -32,7 +32,7 @@ def harm(fault: FailAt, variables: Variables) -> None:
     elif fault.kind is Fault.error:
         raise InjectedError(f"health.faults asked for {fault}")
     else:
-        CHANGES[fault.kind](variables)
+        CHANGES[fault.kind]({"rank": fault.rank, **variables})
 
 
 def spoil_gradient(variables: Variables) -> None:
@@ -50,9 +50,11 @@ def flip_weight(variables: Variables) -> None:
 
 
 def spoil_checkpoint(variables: Variables) -> None:
-    """A bit in the middle of a file of the checkpoint that is about to be loaded."""
+    """A bit in the middle of a file of the checkpoint that is about to be loaded: the rank's own, which it reads next.
+    Another rank may have read its own already.
+    """
     folder: files.Place = variables["folder"]
-    path = min((path for path in folder.iterdir() if path.name.endswith(".safetensors")), key=str)
+    path = folder / files.name_file(variables["rank"])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
@@ -79,7 +81,24 @@ def cut_connections(variables: Variables) -> None:
                         connection.shutdown(socket.SHUT_RDWR)
 
 
-SIGNALS = {Fault.kill: signal.SIGKILL, Fault.term: signal.SIGTERM, Fault.stop: signal.SIGSTOP}
+def end_silently(variables: Variables) -> None:
+    """The process is gone, and nobody has heard why."""
+    os._exit(SILENT)
+
+
+def compute_for_ever(variables: Variables) -> None:
+    """The thread does not come back."""
+    while True:
+        signal.pause()
+
+
+SILENT = 7  # an exit code
+SIGNALS = {
+    Fault.kill: signal.SIGKILL,
+    Fault.term: signal.SIGTERM,
+    Fault.segv: signal.SIGSEGV,
+    Fault.stop: signal.SIGSTOP,
+}
 DISK_FAULTS = {Fault.full: errno.ENOSPC, Fault.write: errno.EIO}
 USES = {Phase.writing: (files, "create"), Phase.committing: (part, "join")}  # what fails there
 CHANGES: dict[Fault, Callable[[Variables], None]] = {
@@ -87,4 +106,6 @@ CHANGES: dict[Fault, Callable[[Variables], None]] = {
     Fault.flip: flip_weight,
     Fault.corrupt: spoil_checkpoint,
     Fault.peer: cut_connections,
+    Fault.exit: end_silently,
+    Fault.stuck: compute_for_ever,
 }

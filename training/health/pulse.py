@@ -1,6 +1,7 @@
 """A thread beside a rank's work that looks at it ten times a second, and tells the others how it goes.
 
     what is the main thread doing? --> heartbeat.json, every few seconds
+    another attempt has the run    --> end: launcher and ranks read what this rank would overwrite
     nothing new for health.hang    --> what do the heartbeats of all ranks say? --> a hang: say who, and end
     a window is over, on rank 0    --> what do they say? --> a slow rank: say who
 
@@ -8,6 +9,8 @@ A rank that is stuck cannot say so; the others do. Files carry it, not messages:
 hangs. All ranks see the same folder.
 """
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,9 +18,10 @@ from pathlib import Path
 from typing import Self
 
 from parallel.doing import Activity, read
+from training.checkpoint import fence
 from training.health.beat import HEARTBEAT, Beat, locate, name_process, read_beat, write
 from training.health.config import HealthConfig
-from training.health.hang import end_hang
+from training.health.hang import ENDED, end_hang
 from training.health.verdict import SECOND, find_slow
 
 LOOK = 0.1  # seconds between two looks
@@ -28,6 +32,7 @@ class Pulse:
 
     def __init__(self, config: HealthConfig, run: Path, rank: int, world: int) -> None:
         self._config, self._run, self._rank, self._world = config, run, rank, world
+        self._fence = fence.enter(run)
         self._over, self._watched = threading.Event(), False
         self._main = threading.get_ident()
         self._doing, self._since = Activity("", False), time.time_ns()
@@ -74,6 +79,9 @@ class Pulse:
         self._waits += doing.waiting
 
     def _tell(self) -> None:
+        if (words := self._fence.find_newer()) is not None:
+            print(words, file=sys.stderr, flush=True)
+            os._exit(ENDED)
         now = time.time_ns()
         mine = Beat(
             self._rank,
