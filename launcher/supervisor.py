@@ -25,7 +25,7 @@ class Supervisor:
     def __init__(self, run: Path, config: RunConfig, job: nodes.Job) -> None:
         self.run, self.config, self.job = run, config, job
         self._started, self._short = 0, False
-        self._lost: set[str] = set()  # nodes that this job no longer counts on
+        self._lost = set(read_excluded(run))  # nodes that this job does not count on
         self._asked: signal.Signals | None = None  # the signal that ends the job
         self._step: step.Step | None = None
         self._heard: dict[int, tuple[int, float]] = {}  # each rank's last heartbeat, and when it was seen first

@@ -1,6 +1,7 @@
 """What a job asks Slurm from inside: its nodes, whether they are well, to end its steps, to wait in the queue again."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,8 +65,10 @@ def end_steps(job: str) -> None:
 def requeue(job: str, without: Sequence[str] = ()) -> None:
     """Puts a job that runs back into the queue, never to run on the nodes ``without`` again. Who calls this ends soon.
 
-    After a node was lost Slurm has done so already, and says that it cannot.
+    After a node was lost Slurm has done so already, and says that it cannot. A job that runs is not told where not to,
+    and the requeue ends all that the job runs with SIGTERM, half a minute later by force: both commands live through it.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is started from here on inherits that
     _ask("scontrol", "requeue", job)
     if without:
         _ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(without)}")

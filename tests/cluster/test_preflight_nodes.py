@@ -1,6 +1,7 @@
 """Machines checked on a cluster: two nodes, ranks that srun starts, and one node with something wrong with it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,10 +56,15 @@ def test_two_healthy_nodes_pass(two: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spares", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_a_submitted_run_does_without_a_node_that_is_unfit(two: Cluster, tmp_path: Path, spares: int) -> None:
-    """With a spare inside the job; without one in the next, which is never given that node."""
+    """With a spare inside the job; without one in the next, which is never given that node, however slow Slurm is."""
     write_text(tmp_path)
     two.run(RATE.split(), "n2")
+    slow = tmp_path / "slow" / "scontrol"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/bash\n[ "$1" = update ] && sleep 2\nexec {shutil.which("scontrol")} "$@"\n')
+    slow.chmod(0o755)
     words = ("preflight.when=auto", "preflight.on_failure=exclude", "preflight.slow=50", f"cluster.spares={spares}")
+    words += (f"cluster.setup=['export PATH={slow.parent}:$PATH']",)
     run, job = tmp_path / "runs" / "fit", submit(two, tmp_path, "fit", *words)
     assert until(lambda: read_state(run)["state"] == "finished", SECONDS), read_output(run)
     said = read_output(run)
