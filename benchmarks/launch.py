@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cluster")]
 
 from client import until  # noqa: E402
+from loopback import Loopback  # noqa: E402
 from settings import Shape  # noqa: E402
 from test_verdicts import FATAL, HEALTH, describe  # noqa: E402
 from trained import PYTHON, WORDS, read_output, steps_of, submit, wait_for_step, write_text  # noqa: E402
@@ -33,7 +34,7 @@ from trained import PYTHON, WORDS, read_output, steps_of, submit, wait_for_step,
 from launcher.campaign import Mark  # noqa: E402
 from launcher.ordeal import read_marks  # noqa: E402
 from slurm import Cluster, can_make  # noqa: E402
-from training.health.config import FailAt, Phase  # noqa: E402
+from training.health.config import FailAt, Fault, Phase  # noqa: E402
 
 TRAIN = [PYTHON, "-m", "launcher.train", *WORDS, "run.steps=1"]
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run"]
@@ -128,13 +129,15 @@ def time_ranks(cluster: Cluster, folder: Path, run: str) -> dict[str, Times]:
     watch.look()
     found = {}
     for fault, mark in zip(faults, read_marks(watch.run, faults), strict=True):
-        found[f"a rank: {fault.kind}"] = _read(watch, describe(fault), mark)
+        found[f"a rank: {fault.kind}"] = _read(watch, fault.kind, describe(fault), mark)
     return found
 
 
-def _read(watch: Watch, sign: str, mark: Mark | None) -> Times:
+def _read(watch: Watch, kind: Fault, sign: str, mark: Mark | None) -> Times:
     assert mark is not None, sign
-    noticed, again = watch.find(sign, mark.time), watch.reach(mark.step, mark.time)
+    # Told to end, a rank takes that step with the others and saves it.
+    step = mark.step + (kind is Fault.term)
+    noticed, again = watch.find(sign, mark.time), watch.reach(step, mark.time)
     assert noticed is not None and again is not None, (sign, mark, watch.lines)
     return Times(noticed - mark.time, again - mark.time)
 
@@ -167,8 +170,8 @@ def time_nodes(cluster: Cluster, folder: Path, name: str, run: str) -> Times:
     return Times(noticed - began, again - began)
 
 
-def time_submission(folder: Path) -> float:
-    """Seconds of a dry run of 1024 nodes."""
+def time_submission(cluster: Loopback, folder: Path) -> float:
+    """Seconds of a dry run of 1024 nodes, Slurm's answer included."""
     words = [
         "run=deepseek_v3",
         "cluster=slurm",
@@ -179,9 +182,8 @@ def time_submission(folder: Path) -> float:
         "--dry-run",
     ]
     began = time.monotonic()
-    command = [PYTHON, "-m", "launcher.submit", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
+    done = cluster.run([PYTHON, "-m", "launcher.submit", *words], cwd=folder)
+    if "# Slurm says: Job" not in done.stdout:
         raise RuntimeError(done.stdout + done.stderr)
     return time.monotonic() - began
 
@@ -226,7 +228,8 @@ def main() -> None:
             with Cluster(Shape(nodes=4, patience=300), folder) as cluster:
                 ends.setdefault(SILENT, []).append(time_nodes(cluster, folder, SILENT, f"silent-{turn}"))
         show("seconds from a fault to", ("a word", "a new step"), ends)
-        dry = statistics.median(time_submission(folder) for _ in rounds)
+        with Loopback(Shape(nodes=1, cloud=1024), folder) as cluster:
+            dry = statistics.median(time_submission(cluster, folder) for _ in rounds)
         print(f"\n1024 nodes submitted, dry: {dry:.2f} s")
 
 

@@ -1,6 +1,6 @@
 """What Slurm is asked, by its own commands: to take a job, whether it would, how jobs stand, to end them.
 
-Only commands that every cluster has: sbatch, squeue, scancel. None goes through a shell; each has a minute.
+Only commands that every cluster has: sbatch, squeue, scancel, scontrol. None goes through a shell; each has a minute.
 """
 
 import os
@@ -64,6 +64,8 @@ def submit(script: Path, options: Iterable[str]) -> str:
 def try_out(script: str, options: Iterable[str]) -> tuple[bool, str]:
     """Whether Slurm would take a job with this text, and what it says: when it would start, or why it would not."""
     answer = _run(["sbatch", "--test-only"], text=script, environment=_without(options))
+    if answer.returncode and _run(["scontrol", "ping"]).returncode:
+        raise SlurmError(shorten(answer.stderr))
     return answer.returncode == 0, shorten(answer.stderr)
 
 

@@ -54,6 +54,13 @@ KillWait=3
 InactiveLimit=0
 WaitTime=0
 """
+# Nodes that would be started when a job is given them.
+CLOUD = """
+NodeName=c[1-{count}] CPUs=128 State=CLOUD
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=60
+"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Shape:
     gpus: int = 0
     grace: int = 20
     patience: int = 6  # seconds until a node that says nothing is down
+    cloud: int = 0  # further nodes, c1 and on, of 128 CPUs: Slurm could have them, and nobody starts them
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= 64:
@@ -87,6 +95,7 @@ def write_slurm(shape: Shape, nodes: list[str], **words: object) -> str:
             f"NodeName={name} {node} CPUs={shape.cpus}{gres} State=UNKNOWN"
             for name, node in zip(shape.names, nodes, strict=True)
         ),
+        *([CLOUD.format(count=shape.cloud)] if shape.cloud else []),
         PARTITIONS.format(grace=shape.grace),
     ]
     return "\n".join(lines)
