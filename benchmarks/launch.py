@@ -156,16 +156,16 @@ def time_nodes(cluster: Cluster, folder: Path, name: str, run: str) -> Times:
     began, taken = time.time(), watch.steps[-1][1]
     harm.get(name, lambda: cluster.crash("n2"))()
 
-    def goes_on() -> bool:
+    def goes_on() -> float | None:
+        """When a step had been taken that is new, by those who went on."""
         watch.look()
-        return watch.find("goes on after step", began) is not None and len(steps_of(watch.run)) > taken + 1
+        resumed = watch.find("goes on after step", began)
+        return None if resumed is None else watch.reach(taken + 1, resumed)
 
-    if not until(goes_on, PATIENCE):
+    if not until(lambda: goes_on() is not None, PATIENCE):
         raise RuntimeError(f"{name}: the run does not go on\n{read_output(watch.run)}")
-    noticed, resumed = watch.find(sign, began), watch.find("goes on after step", began)
-    assert noticed is not None and resumed is not None
-    again = watch.reach(taken + 1, resumed)
-    assert again is not None
+    noticed, again = watch.find(sign, began), goes_on()
+    assert noticed is not None and again is not None
     cluster.run(["scancel", job])
     return Times(noticed - began, again - began)
 

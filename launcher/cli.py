@@ -47,6 +47,7 @@ VERBS = {
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
     "export": "launcher.export",
+    "upcycle": "launcher.upcycle",
     "checkpoint": "launcher.checkpoint",
     "torture": "launcher.torture",
     "checkpoint export": "launcher.checkpoint_export",

@@ -1,12 +1,22 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; figure 3 there).
+"""Attention of two kinds, of which a model has one.
+
+Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; figure 3 there):
 
     x [B, S, H] -- q_kv_a --> q latent [q_rank] | kv latent [kv_rank] | rotary key [rope]    (one fused product)
     q latent  -- norm -- q_b  --> q    [heads, nope + rope]      the rope part is rotated
     kv latent -- norm -- kv_b --> k, v [heads, nope], [heads, v]
     k = (k, rotary key shared by all heads);   out = softmax(scale q k^T) v;   o [heads * v] -> [H]
 
-Only the kv latent and the rotary key need to be cached for generation: kv_rank + rope numbers a token. Without query
-compression, q is its own product of x.
+Without query compression, q is its own product of x. Only the kv latent and the rotary key need to be cached for
+generation: kv_rank + rope numbers a token.
+
+Grouped-query attention (arXiv 2305.13245), as Llama 3, Qwen3 and GLM-4.5 have it:
+
+    x -- qkv --> of each head of keys and values    [q 0 | ... | q G-1 | k | v]      with the G queries that read it
+    q, k -- norm over a head, where the family has it -- rotated in their first ``rope`` numbers
+    out = softmax(scale q k^T) v, each k and v read G times;   o [heads * v] -> [H]
+
+Only k and v need to be cached: kv_heads (nope + rope + v) numbers a token.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import AttentionKind, ModelConfig
 from model.core import Core, attend
 from model.linear import Deferred, Linear
 from model.product import matmul
@@ -25,22 +35,23 @@ from model.sequence import Sequence, WholeSequence
 
 @dataclass
 class Cache:
-    """Latents of the tokens seen so far: per layer, the kv latent [B, S, kv_rank] and the rotated key [B, S, rope]."""
+    """The tokens seen so far, per layer: the kv latent [B, S, kv_rank] and the rotated key [B, S, rope]; of grouped
+    attention, keys [B, S, kv_heads, D] and values [B, S, kv_heads, V].
+    """
 
-    latents: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """Tokens seen."""
-        return next((latent.shape[1] for latent, _ in self.latents.values()), 0)
+        return next((first.shape[1] for first, *_ in self.layers.values()), 0)
 
-    def extend(self, layer: int, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's new tokens and return all of its tokens."""
-        if layer in self.latents:
-            old_latent, old_key = self.latents[layer]
-            latent, key = torch.cat((old_latent, latent), dim=1), torch.cat((old_key, key), dim=1)
-        self.latents[layer] = latent, key
-        return latent, key
+    def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Append a layer's new tokens, in each tensor's second dim, and return all of its tokens."""
+        if layer in self.layers:
+            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.layers[layer], new, strict=True))
+        self.layers[layer] = new
+        return new
 
 
 class Context(NamedTuple):
@@ -62,11 +73,12 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, core: Core = attend) -> None:
         super().__init__()
         a = config.attention
+        assert a.kv_rank is not None
         self.layer, self.core, self.sizes = layer, core, a
         self.sequence: Sequence = WholeSequence()
         self.scale = softmax_scale(config.rope, a)
         kv_a = a.kv_rank + a.rope_dim
-        query = a.heads * (a.nope_dim + a.rope_dim)
+        query = a.heads * a.width
         if a.q_rank is None:
             self.q = Linear(config.hidden, query)
             self.kv_a = Linear(config.hidden, kv_a)
@@ -94,6 +106,7 @@ class LatentAttention(nn.Module):
         the first to queries.
         """
         a = self.sizes
+        assert a.kv_rank is not None
         if a.q_rank is None:
             latent, key = self.kv_a(x, deferred).split((a.kv_rank, a.rope_dim), dim=-1)
             return (x, self.kv_norm(latent), key), self.q
@@ -103,7 +116,7 @@ class LatentAttention(nn.Module):
     def _rotate(self, q: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Queries [B, S, heads * D] -> [B, heads, S, D], scaled and rotated; the rotary key [B, S, rope], rotated."""
         a = self.sizes
-        q = self._heads(q * self.scale, a.nope_dim + a.rope_dim)
+        q = self._heads(q * self.scale, a.width)
         q_nope, q_rope = q.split((a.nope_dim, a.rope_dim), dim=-1)
         q = torch.cat((q_nope, rotate(q_rope, context.cos, context.sin)), dim=-1)
         return q, rotate(key, context.cos, context.sin)
@@ -127,7 +140,71 @@ class LatentAttention(nn.Module):
         q, key = self._rotate(q, key, context)
         latent, key = cache.extend(self.layer, latent, key)
         k, v = self._expand(self.kv_b(latent), key)
-        scores = matmul(q, k.mT)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        scores = scores.masked_fill(future.triu(1 + scores.shape[-1] - scores.shape[-2]), float("-inf"))
-        return self.o(matmul(scores.softmax(-1), v).transpose(1, 2).flatten(2))
+        return self.o(attend_last(q, k, v).transpose(1, 2).flatten(2))
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [B, heads, S, D] of the last S tokens, k and v of all -> [B, heads, S, V]."""
+    scores = matmul(q, k.mT)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    scores = scores.masked_fill(future.triu(1 + scores.shape[-1] - scores.shape[-2]), float("-inf"))
+    return matmul(scores.softmax(-1), v)
+
+
+class GroupedQueryAttention(nn.Module):
+    """GQA, with the same seams. Its weight is [kv_heads, G D + D + V, H], with G = heads / kv_heads, D = nope + rope,
+    V = v_dim: whoever cuts it by heads of keys and values gets the queries that read them as well.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, core: Core = attend) -> None:
+        super().__init__()
+        a = config.attention
+        assert a.kv_heads is not None
+        self.layer, self.core, self.sizes = layer, core, a
+        self.sequence: Sequence = WholeSequence()
+        self.scale = softmax_scale(config.rope, a)
+        self.widths = a.heads // a.kv_heads * a.width, a.width, a.v_dim
+        self.qkv = Linear(config.hidden, a.kv_heads, sum(self.widths))
+        self.bias = nn.Parameter(torch.empty(a.kv_heads, sum(self.widths))) if a.bias else None
+        self.q_norm = nn.RMSNorm(a.width, eps=config.norm_eps) if a.qk_norm else None
+        self.k_norm = nn.RMSNorm(a.width, eps=config.norm_eps) if a.qk_norm else None
+        self.o = Linear(a.heads * a.v_dim, config.hidden)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        (qkv,) = self.sequence.gather_linear((x,), (self.qkv,), context.deferred)
+        q, k, v = self._split(qkv, context)
+        if context.cache is not None:
+            return self.o(self._generate(q, k, v, context.cache).transpose(1, 2).flatten(2))
+        out = self.core(q, k, v, context.documents)
+        return self.sequence.linear_scatter(out.transpose(1, 2).flatten(2), self.o, context.deferred)
+
+    def _split(self, qkv: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, kv_heads * (G D + D + V)] -> q [B, heads, S, D], k [B, kv_heads, S, D], v [B, kv_heads, S, V]."""
+        qkv = qkv.unflatten(-1, (-1, sum(self.widths)))
+        if self.bias is not None:
+            qkv = qkv + self.bias
+        q, k, v = qkv.split(self.widths, dim=-1)
+        q = q.unflatten(-1, (-1, self.sizes.width)).flatten(2, 3)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (self._rotate(part.transpose(1, 2), context) for part in (q * self.scale, k))
+        return q, k, v.transpose(1, 2).contiguous()
+
+    def _rotate(self, x: Tensor, context: Context) -> Tensor:
+        """[B, heads, S, D], of each head the first ``rope`` numbers turned."""
+        turned, rest = x.split((self.sizes.rope_dim, self.sizes.nope_dim), dim=-1)
+        return torch.cat((rotate(turned, context.cos, context.sin), rest), dim=-1)
+
+    def _generate(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+        """The last S of all cached tokens attend to everything before them."""
+        k, v = cache.extend(self.layer, k.transpose(1, 2), v.transpose(1, 2))
+        times = q.shape[1] // k.shape[2]
+        k, v = (part.transpose(1, 2).repeat_interleave(times, dim=1) for part in (k, v))
+        return attend_last(q, k, v)
+
+
+ATTENTION: dict[AttentionKind, type[LatentAttention | GroupedQueryAttention]] = {
+    AttentionKind.mla: LatentAttention,
+    AttentionKind.gqa: GroupedQueryAttention,
+}

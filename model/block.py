@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.attention import Context, LatentAttention
+from model.attention import ATTENTION, Context
 from model.config import ModelConfig
 from model.core import Core, attend
 from model.exchange import Arrived, Exchange, Layout, LocalExchange
@@ -65,12 +65,13 @@ class BlockOutput(NamedTuple):
 
 
 class AttentionSegment(nn.Module):
-    """x + attention(norm(x)), the norm of that, and where its tokens go."""
+    """x + attention(norm(x)), the norm of that, and where its tokens go. Its attention is ``mla`` or ``gqa``."""
 
     def __init__(self, config: ModelConfig, layer: int, core: Core) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.mla = LatentAttention(config, layer, core)
+        self.kind = config.attention.kind
+        self.add_module(self.kind, ATTENTION[self.kind](config, layer, core))
         self.mlp_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.router = Router(config) if config.is_moe(layer) else None
         self.run = runner(config)
@@ -80,7 +81,7 @@ class AttentionSegment(nn.Module):
 
     def body(self, x: Tensor, context: Context) -> Attended:
         """What recomputation repeats."""
-        residual = x + self.mla(self.norm(x), context)
+        residual = x + self.get_submodule(self.kind)(self.norm(x), context)
         normed = self.mlp_norm(residual)
         return Attended(residual, normed, self.router(normed) if self.router is not None else None)
 

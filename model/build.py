@@ -2,7 +2,7 @@
 
 Every row of a matrix, and every expert of an expert weight, has its own stream: Philox (Salmon et al., SC'11) keyed by
 a hash of seed, global name and index, drawn on the CPU in float32. A rank that holds some rows or experts draws just
-those, and gets the numbers it would have got on any other layout. Norms start at one, selection biases at zero.
+those, and gets the numbers it would have got on any other layout. Norms start at one, biases at zero.
 """
 
 import hashlib
@@ -43,13 +43,20 @@ def draw(name: str, shape: Sequence[int], region: Region, std: float, seed: int)
     return torch.from_numpy(values).mul_(std)
 
 
+def constant(name: str, tensor: Tensor) -> float | None:
+    """What all of a parameter or buffer starts as: norms at one, biases at zero. None: it is drawn."""
+    if name.endswith("bias"):
+        return 0.0
+    return 1.0 if tensor.dim() == 1 else None
+
+
 @torch.no_grad()
 def initialise(model: Transformer, seed: int, parts: Mapping[str, Part] | None = None) -> None:
     """Write the initial value of every parameter and buffer. ``parts``: which part of the whole a parameter is."""
     for name, parameter in model.named_parameters():
         shape, region = (parts or {}).get(name) or (parameter.shape, (slice(None),) * parameter.dim())
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
+        if (start := constant(name, parameter)) is not None:
+            parameter.fill_(start)
         else:
             parameter.copy_(draw(name, shape, region, model.config.init_std, seed))
     for buffer in model.buffers():

@@ -7,8 +7,11 @@ Queries go in blocks; block i sees keys 0 .. end of block i, so half of the squa
     block 1 [####\\    ]
     block 2 [######\\  ]
 
-Shapes: q, k [B, heads, S, D], v [B, heads, S, V], documents [B, S] or None, result [B, heads, S, V]. The softmax
-scale is already in q. This is a seam: whatever has the shape of ``Core`` may take its place.
+Heads of keys and values may be fewer than those of queries: each is then read by heads / kv_heads of them, neighbours.
+
+Shapes: q [B, heads, S, D], k [B, kv_heads, S, D], v [B, kv_heads, S, V], documents [B, S] or None, result
+[B, heads, S, V]. The softmax scale is already in q. This is a seam: whatever has the shape of ``Core`` may take its
+place.
 """
 
 import math
@@ -25,7 +28,9 @@ KEEP_LENGTH = 2048  # up to this length the probabilities are kept for the backw
 
 
 class Core(Protocol):
-    """q, k [B, heads, S, D], v [B, heads, S, V], documents [B, S] or None -> [B, heads, S, V], causal."""
+    """q [B, heads, S, D], k [B, kv_heads, S, D], v [B, kv_heads, S, V], documents [B, S] or None -> [B, heads, S, V],
+    causal.
+    """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor: ...
 
@@ -51,14 +56,19 @@ def _probabilities(q: Tensor, k: Tensor, documents: Tensor | None, start: int, o
 @torch.library.custom_op("shoestring::attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result, and the probabilities of all blocks one after another (empty above KEEP_LENGTH)."""
-    shape, length = v.shape, q.shape[2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    shape, length = (*q.shape[:3], v.shape[3]), q.shape[2]
+    q, k, v = q.flatten(0, 1), _repeat(k, q), _repeat(v, q)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     kept = q.new_empty(_kept_size(len(q), length))
     for (start, end), p in zip(_blocks(length), _split(kept, q), strict=True):
         _probabilities(q, k, documents, start, out=p)
         matmul_into(out[:, start:end], p, v[:, :end])
     return out.view(shape), kept
+
+
+def _repeat(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [B, kv_heads, S, *] as often as heads of q [B, heads, S, D] read them: [B * heads, S, *]."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).flatten(0, 1)
 
 
 def _kept_size(batch: int, length: int) -> int:
@@ -78,7 +88,7 @@ def _split(kept: Tensor, q: Tensor) -> list[Tensor]:
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), q.new_empty(_kept_size(q.shape[0] * q.shape[1], q.shape[2]))
+    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(_kept_size(q.shape[0] * q.shape[1], q.shape[2]))
 
 
 @torch.library.custom_op("shoestring::attention_backward", mutates_args=())
@@ -86,8 +96,8 @@ def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    shapes = q.shape, k.shape, v.shape
-    g, q, k, v = (t.flatten(0, 1) for t in (g, q, k, v))
+    shapes, k, v = (q.shape, k.shape, v.shape), _repeat(k, q), _repeat(v, q)
+    g, q = g.flatten(0, 1), q.flatten(0, 1)
     gq, gk, gv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for (start, end), p in zip(_blocks(q.shape[1]), _split(kept, q), strict=True):
         if not len(kept):
@@ -97,7 +107,13 @@ def _backward(
         matmul_into(gq[:, start:end], gs, k[:, :end])
         add_product(gk[:, :end], gs.transpose(1, 2), q[:, start:end])
         add_product(gv[:, :end], p.transpose(1, 2), g[:, start:end])
-    return gq.view(shapes[0]), gk.view(shapes[1]), gv.view(shapes[2])
+    return gq.view(shapes[0]), _total(gk, shapes[1]), _total(gv, shapes[2])
+
+
+def _total(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """[B * heads, S, *] -> [B, kv_heads, S, *]: the sum over the heads that read it."""
+    gradient = gradient.view(*shape[:2], -1, *shape[2:])
+    return gradient.sum(2) if gradient.shape[2] > 1 else gradient.view(shape)
 
 
 @_backward.register_fake
@@ -129,10 +145,11 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None)
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
     """The core on a GPU: torch's scaled_dot_product_attention picks the kernel."""
+    grouped = q.shape[1] != k.shape[1]
     if documents is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=grouped)
     same = documents[:, None, :, None] == documents[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=same.tril(), scale=1.0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=same.tril(), scale=1.0, enable_gqa=grouped)
 
 
 CORES: dict[str, Core] = {"cpu": blocked_attention}

@@ -1,6 +1,7 @@
 """Parameters and floating-point operations of a model, by arithmetic alone: nothing is allocated, torch is not loaded.
 
-    attention   H (q_rank + kv_rank + rope)  +  q_rank heads (nope + rope)  +  kv_rank heads (nope + v)  +  heads v H
+    latent      H (q_rank + kv_rank + rope)  +  q_rank heads (nope + rope)  +  kv_rank heads (nope + v)  +  heads v H
+    grouped     H (heads + kv_heads) (nope + rope)  +  H kv_heads v  +  heads v H
     dense mlp   3 H F        expert   3 H F_e        router   E H        MTP depth   2 H H + a block
 
 A parameter is active when a token's forward uses it: of the routed experts, top_k of E. FLOPs a token: two for every
@@ -11,7 +12,7 @@ heads (nope + rope + v) S, half of what full attention takes. The backward costs
 
 from dataclasses import dataclass, replace
 
-from model.config import ModelConfig
+from model.config import AttentionConfig, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 def forward_flops(config: ModelConfig, sequence_length: int) -> float:
     """Floating-point operations a token costs in the forward, averaged over a sequence of ``sequence_length``."""
     a = config.attention
-    core = a.heads * (a.nope_dim + a.rope_dim + a.v_dim) * sequence_length
+    core = a.heads * (a.width + a.v_dim) * sequence_length
     return 2 * count(config).trained.multiplied + core * (config.num_layers + config.mtp.depth)
 
 
@@ -108,9 +109,9 @@ def _count_blocks(config: ModelConfig, moe: list[bool]) -> dict[str, Amount]:
     a, m, hidden = config.attention, config.moe, config.hidden
     expert, routing = 3 * hidden * m.ffn, sum(moe)
     chosen = min(m.top_k, m.experts)
-    norms = 2 * hidden + a.kv_rank + (a.q_rank or 0)
+    norms = 2 * hidden + count_norms(a)
     return {
-        "attention": _matrix(_count_attention(config)) * len(moe),
+        "attention": (_matrix(_count_attention(config)) + _vector(count_biases(a))) * len(moe),
         "dense": _matrix(3 * hidden * config.ffn) * (len(moe) - routing),
         "router": _matrix(m.experts * hidden) * routing,
         "shared": _matrix(m.shared_experts * expert) * routing,
@@ -121,10 +122,23 @@ def _count_blocks(config: ModelConfig, moe: list[bool]) -> dict[str, Amount]:
 
 def _count_attention(config: ModelConfig) -> int:
     a = config.attention
-    query = a.heads * (a.nope_dim + a.rope_dim)
+    query = a.heads * a.width
+    if a.kv_rank is None:
+        kv_heads = a.kv_heads or 0
+        return config.hidden * (query + kv_heads * (a.width + a.v_dim) + a.heads * a.v_dim)
     queries = config.hidden * query if a.q_rank is None else a.q_rank * (config.hidden + query)
     down = config.hidden * (a.kv_rank + a.rope_dim)
     return queries + down + a.kv_rank * a.heads * (a.nope_dim + a.v_dim) + a.heads * a.v_dim * config.hidden
+
+
+def count_norms(a: AttentionConfig) -> int:
+    """Of one attention, beside the two of its block."""
+    return (a.kv_rank or 0) + (a.q_rank or 0) + (2 * a.width if a.qk_norm else 0)
+
+
+def count_biases(a: AttentionConfig) -> int:
+    """Of one attention."""
+    return a.heads * a.width + (a.kv_heads or 0) * (a.width + a.v_dim) if a.bias else 0
 
 
 def _matrix(size: int) -> Amount:

@@ -1,4 +1,4 @@
-"""Hugging Face in and out: weights and configuration as DeepSeek published them.
+"""Hugging Face in and out: weights and configuration as each family published them.
 
     load     check config.json, then the files' headers | one tensor after another
     export   check the source against its configuration | config.json | one tensor after another | the index, last
@@ -20,7 +20,7 @@ from model.build import Transformer, allocate
 from model.config import ModelConfig
 from model.huggingface_config import FILE, QUANTISED, compare, describe
 from model.huggingface_fp8 import QuantisedShards, quantise_pending
-from model.huggingface_names import Order, Piece, cut, is_v2, repeat
+from model.huggingface_names import Order, Piece, cut, is_biased, repeat
 from model.shards import SHARD, Index, Pending, Shards, open_shards, write_shards
 
 LEFTOVERS = ("rotary_emb.inv_freq",)  # endings of names that older files have and that a model computes itself
@@ -62,8 +62,9 @@ def load(model: Transformer, folder: Path) -> None:
     into = Resident(model)
     source, pieces = open_published(model.config, into.shapes(), folder)
     for piece in pieces:
-        into.read(piece.ours, piece.region).copy_(arrange(source.read(piece.published), piece.order))
-    if is_v2(model.config):
+        part = into.read(piece.ours, piece.region)
+        part.copy_(arrange(source.read(piece.published), piece.order).view(part.shape))
+    if not is_biased(model.config):
         for router in model.routers():
             router.bias.zero_()
 
@@ -73,7 +74,7 @@ def open_published(
 ) -> tuple[Shards, list[Piece]]:
     """The tensors of ``folder``, and which of them are what of ours; ``shapes`` are those of all of ours by name.
 
-    The biases of DeepSeek-V2's routers, which are zero, are not published. Raises as ``load``."""
+    The biases of softmax routers, which are zero, are not published. Raises as ``load``."""
     published = compare(config, folder)
     source = open_shards(folder, QuantisedShards)
     pieces = cut(config, shapes, published.interleaved)
@@ -115,12 +116,12 @@ def publish(source: Source, config: ModelConfig) -> dict[str, Pending]:
         raise ValueError(
             f"{name}: the model {config.name} has {expected.get(name)}, its weights have {shapes.get(name)}"
         )
-    if is_v2(config):
+    if not is_biased(config):
         _check_unbiased(source, shapes)
     tensors = {}
     for piece in cut(config, shapes):
-        shape = tuple(torch.empty(shapes[piece.ours], device="meta")[piece.region].shape)
-        tensors[piece.published] = Pending(source.dtype(piece.ours), shape, partial(_make, source, piece))
+        shape = piece.shape(shapes[piece.ours])
+        tensors[piece.published] = Pending(source.dtype(piece.ours), shape, partial(_make, source, piece, shape))
     return tensors | {copy: tensors[original] for copy, original in repeat(config).items()}
 
 
@@ -129,8 +130,9 @@ def arrange(tensor: Tensor, order: Order | None) -> Tensor:
     return tensor if order is None else tensor.index_select(order.dim, order.places.to(tensor.device))
 
 
-def _make(source: Source, piece: Piece) -> Tensor:
-    return arrange(source.read(piece.ours, piece.region), piece.order.invert() if piece.order else None)
+def _make(source: Source, piece: Piece, shape: tuple[int, ...]) -> Tensor:
+    part = source.read(piece.ours, piece.region).reshape(shape)
+    return arrange(part, piece.order.invert() if piece.order else None)
 
 
 def _check_pieces(source: Shards, pieces: list[Piece], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -140,7 +142,7 @@ def _check_pieces(source: Shards, pieces: list[Piece], shapes: Mapping[str, tupl
         if entry is None:
             raise ValueError(f"{folder}: {piece.published} is missing")
         source.dtype(piece.published)
-        shape = tuple(torch.empty(shapes[piece.ours], device="meta")[piece.region].shape)
+        shape = piece.shape(shapes[piece.ours])
         if entry.shape != shape:
             raise ValueError(
                 f"{entry.file}: {piece.published} has shape {list(entry.shape)}; the model wants {list(shape)}"

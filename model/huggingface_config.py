@@ -1,94 +1,47 @@
-"""``config.json`` of a published DeepSeek-V2 or V3 and our ModelConfig: one table, read in both directions.
+"""``config.json`` of a published model and our ModelConfig, by its family's row of model/families/table.py.
 
-    vocab_size      <->  model.vocab_size           what both have: FIELDS
-    hidden_act           must be "silu"             what the model here has no choice in: FIXED
-    rope_scaling    <->  model.rope                 YaRN, also under its newer name rope_parameters
+    vocab_size      <->  model.vocab_size           what both have: the family's fields
+    hidden_act           must be "silu"             what the model here has no choice in: its ``fixed``
+    rope_scaling    <->  model.rope                 YaRN or Llama 3's, also under its newer name rope_parameters
 
 What only training sees (initialisation, auxiliary loss, recomputation, padding, MTP's weight) is not compared.
 Refused by key: whatever would change the numbers and is not supported. Standard library only.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig, ScoreFunction
+from model.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig, Stretch
+from model.families.family import Family, Field, Values, get, say
+from model.families.table import BY_TYPE, find
 
 FILE = "config.json"
-
-
-class Field(NamedTuple):
-    """A value that both have. Without a default it must be there; ``compared``: a difference changes the model."""
-
-    ours: str
-    published: str
-    kind: type
-    default: Any = ...
-    compared: bool = True
-
-
-FIELDS = (
-    Field("vocab_size", "vocab_size", int),
-    Field("num_layers", "num_hidden_layers", int),
-    Field("hidden", "hidden_size", int),
-    Field("ffn", "intermediate_size", int),
-    Field("dense_layers", "first_k_dense_replace", int, 0),
-    Field("norm_eps", "rms_norm_eps", float, 1e-6),
-    Field("init_std", "initializer_range", float, 0.02, compared=False),
-    Field("tied", "tie_word_embeddings", bool, False),
-    Field("attention.heads", "num_attention_heads", int),
-    Field("attention.q_rank", "q_lora_rank", int, None),
-    Field("attention.kv_rank", "kv_lora_rank", int),
-    Field("attention.nope_dim", "qk_nope_head_dim", int),
-    Field("attention.rope_dim", "qk_rope_head_dim", int),
-    Field("attention.v_dim", "v_head_dim", int),
-    Field("rope.theta", "rope_theta", float, 10000.0),
-    Field("moe.experts", "n_routed_experts", int, 0),
-    Field("moe.top_k", "num_experts_per_tok", int, 1),
-    Field("moe.ffn", "moe_intermediate_size", int, 0),
-    Field("moe.shared_experts", "n_shared_experts", int, 0),
-    Field("moe.groups", "n_group", int, 1),
-    Field("moe.top_groups", "topk_group", int, 1),
-    Field("moe.normalize_gates", "norm_topk_prob", bool, True),
-    Field("moe.gate_scale", "routed_scaling_factor", float, 1.0),
-    Field("moe.aux_alpha", "aux_loss_alpha", float, 1e-4, compared=False),
-    Field("mtp.depth", "num_nextn_predict_layers", int, 0, compared=False),
-)
-YARN = (
-    Field("rope.factor", "factor", float, compared=False),
-    Field("rope.original_length", "original_max_position_embeddings", int, compared=False),
-    Field("rope.beta_fast", "beta_fast", float, 32.0, compared=False),
-    Field("rope.beta_slow", "beta_slow", float, 1.0, compared=False),
-    Field("rope.mscale", "mscale", float, 1.0, compared=False),
-    Field("rope.mscale_all_dim", "mscale_all_dim", float, 0.0, compared=False),
-)
+LENGTH = Field("rope.original_length", "original_max_position_embeddings", int)
+FACTOR = Field("rope.factor", "factor", float)
+STRETCHES: dict[Stretch, tuple[Field, ...]] = {
+    Stretch.yarn: (
+        FACTOR,
+        LENGTH,
+        Field("rope.beta_fast", "beta_fast", float, 32.0),
+        Field("rope.beta_slow", "beta_slow", float, 1.0),
+        Field("rope.mscale", "mscale", float, 1.0),
+        Field("rope.mscale_all_dim", "mscale_all_dim", float, 0.0),
+    ),
+    Stretch.llama3: (
+        FACTOR,
+        LENGTH,
+        Field("rope.beta_fast", "high_freq_factor", float),
+        Field("rope.beta_slow", "low_freq_factor", float),
+    ),
+}
 # Weights in 8 bits by blocks, as DeepSeek-V3's; V3.1's scales are powers of two, and say so.
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-# Keys whose other values change the numbers in ways that the model here does not know.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "attention_dropout": (0.0, None),
-    "hidden_act": ("silu",),
-    "mlp_bias": (False,),
-    "moe_layer_freq": (1,),
-    "quantization_config": (None, QUANTISED, QUANTISED | {"scale_fmt": "ue8m0"}),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What differs between the two generations."""
-
-    model_type: str
-    architecture: str
-    score: ScoreFunction
-    methods: tuple[str, ...]  # topk_method; the first is the one of a single group
-
-
-V3 = Kind("deepseek_v3", "DeepseekV3ForCausalLM", ScoreFunction.sigmoid, ("noaux_tc",))
-V2 = Kind("deepseek_v2", "DeepseekV2ForCausalLM", ScoreFunction.softmax, ("greedy", "group_limited_greedy"))
-KINDS = {kind.model_type: kind for kind in (V3, V2)}
+QUANTISATION = {"quantization_config": (None, QUANTISED, QUANTISED | {"scale_fmt": "ue8m0"})}
+# What the same weights may be trained with. Which layers route is compared by itself.
+TRAINING = {"name", "init_std", "recompute", "moe.aux_alpha", "moe.bias_speed", "moe.pad", "mtp.depth", "mtp.weight"}
+LAYERS = {"dense_layers", "moe.every", "moe.skip"}
 
 
 class Published(NamedTuple):
@@ -118,97 +71,99 @@ def read_published(folder: Path) -> Published:
         raise ValueError(f"{path}: {error}") from error
 
 
-def describe(config: ModelConfig, dtype: str, eos: int | None = None) -> dict[str, Any]:
+def describe(config: ModelConfig, dtype: str, eos: int | None = None) -> Values:
     """The config.json of a model; ``dtype``: "bfloat16"; ``eos``: the token that ends a text.
 
     ValueError, with our key, for a model that no published layout can express."""
-    kind = V2 if config.moe.experts and config.moe.score is ScoreFunction.softmax else V3
-    _check_expressible(config, kind)
-    values: dict[str, Any] = {"architectures": [kind.architecture], "model_type": kind.model_type}
-    values |= {field.published: _get(config, field.ours) for field in FIELDS}
-    rope = config.rope
+    family = find(config)
+    family.refuse(config)
+    values: Values = {"architectures": [family.architecture], "model_type": family.model_type}
+    values |= {field.published: get(config, field.ours) for field in family.fields}
     values |= {
-        "num_key_value_heads": config.attention.heads,
         "hidden_act": "silu",
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "moe_layer_freq": 1,
-        "scoring_func": kind.score.value,
-        "topk_method": kind.methods[0 if kind is V3 or config.moe.groups == 1 else 1],
-        "rope_interleave": True,
-        "max_position_embeddings": int(rope.original_length * rope.factor),
-        "rope_scaling": {"type": "yarn"} | {field.published: _get(config, field.ours) for field in YARN},
+        **family.said,
+        "max_position_embeddings": int(config.rope.original_length * config.rope.factor),
+        "rope_scaling": _describe_rope(config),
         "torch_dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": eos,
     }
-    if rope.factor == 1.0:
-        values["rope_scaling"] = None
-    if config.moe.experts == 0:
-        values["first_k_dense_replace"] = config.num_layers
-    return values
+    return family.write(values, config)
 
 
 def compare(config: ModelConfig, folder: Path) -> Published:
     """What is in ``folder``; ValueError, with our key and both values, where a ``config`` to be filled differs from it.
 
-    YaRN may differ, as contexts are stretched in training, and ``config`` may leave MTP modules out."""
+    How positions are stretched may differ, as contexts are in training, and ``config`` may leave MTP modules out."""
     published = read_published(folder)
-    routed = config.moe.experts > 0 or published.config.moe.experts > 0
-    for field in FIELDS:
-        matters = routed or not (field.ours.startswith("moe.") or field.ours == "dense_layers")
-        wanted, found = _get(config, field.ours), _get(published.config, field.ours)
-        if field.compared and matters and wanted != found:
-            raise ValueError(f"model.{field.ours}={wanted} must be {found}, {field.published} of {folder / FILE}")
-    if config.moe.experts and config.moe.score is not published.config.moe.score:
-        found = published.config.moe.score
-        raise ValueError(f"model.moe.score={config.moe.score} must be {found}, that of {folder / FILE}")
-    if config.mtp.depth > published.config.mtp.depth:
+    theirs, file = published.config, folder / FILE
+    names = {field.ours: field.published for field in BY_TYPE[theirs.name].fields}
+    routed = config.moe.experts > 0 or theirs.moe.experts > 0
+    for key in list_keys(config):
+        if key in TRAINING | LAYERS or (key.startswith("rope.") and key != "rope.theta"):
+            continue
+        if key.startswith("moe.") and not routed:
+            continue
+        wanted, found = get(config, key), get(theirs, key)
+        if wanted != found:
+            raise ValueError(f"model.{key}={say(wanted)} must be {say(found)}, {names.get(key, 'that')} of {file}")
+    for layer in range(config.num_layers):
+        if config.is_moe(layer) != theirs.is_moe(layer):
+            is_to = "route" if theirs.is_moe(layer) else "not route"
+            raise ValueError(
+                f"model.dense_layers={config.dense_layers}, moe.every={config.moe.every} and moe.skip must have layer "
+                f"{layer} {is_to} its tokens, as {file} says"
+            )
+    if config.mtp.depth > theirs.mtp.depth:
         raise ValueError(
-            f"model.mtp.depth={config.mtp.depth} must be at most {published.config.mtp.depth}, "
-            f"num_nextn_predict_layers of {folder / FILE}"
+            f"model.mtp.depth={config.mtp.depth} must be at most {theirs.mtp.depth}, num_nextn_predict_layers of {file}"
         )
     return published
 
 
-def _parse(values: dict[str, Any]) -> ModelConfig:
-    kind = KINDS.get(str(values.get("model_type")))
-    if kind is None:
-        raise ValueError(f"model_type={values.get('model_type')} must be one of {', '.join(KINDS)}")
-    _check_fixed(values, kind)
-    # The newer name holds the base as well, and MTP's key has a newer name too.
+def list_keys(config: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of all values, in order."""
+    keys = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        keys += list_keys(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+    return keys
+
+
+def _parse(values: Values) -> ModelConfig:
+    family = BY_TYPE.get(str(values.get("model_type")))
+    if family is None:
+        raise ValueError(f"model_type={values.get('model_type')} must be one of {', '.join(BY_TYPE)}")
+    _check_fixed(values, family)
+    # The newer name holds the base and the rotated share as well, and MTP's key has a newer name too.
     scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise ValueError(f"rope_scaling={json.dumps(scaling)} must be an object or null")
-    scaling = dict(scaling)
-    values = {"rope_theta": scaling.pop("rope_theta", 10000.0)} | values
+    moved = {key: scaling[key] for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
+    scaling = {key: value for key, value in scaling.items() if key not in moved}
+    values = {"rope_theta": 10000.0} | moved | values
     if "num_mtp_layers" in values:
         values = {"num_nextn_predict_layers": values["num_mtp_layers"]} | values
-    if kind is V2 and values.get("topk_method", "greedy") == "greedy":
-        values = values | {"n_group": 1, "topk_group": 1}
-    parsed: dict[str, dict[str, Any]] = {"": {}, "attention": {}, "rope": {}, "moe": {}, "mtp": {}}
-    for field in FIELDS:
-        section, _, name = field.ours.rpartition(".")
-        parsed[section][name] = _read(values, field)
+    values = family.read(values)
+    parsed: dict[str, Values] = {"": {}, "attention": {}, "rope": {}, "moe": {}, "mtp": {}}
+    found = {field.ours: _read(values, field) for field in family.fields}
+    for key, value in (found | dict(family.chosen)).items():
+        section, _, name = key.rpartition(".")
+        parsed[section][name] = tuple(value) if isinstance(value, list) else value
     parsed["rope"] |= _parse_rope(scaling, values)
-    if kind is V2:
-        parsed["moe"] |= {"bias_speed": 0.0}
     return ModelConfig(
-        name=kind.model_type,
+        name=family.model_type,
         **parsed[""],
         attention=AttentionConfig(**parsed["attention"]),
         rope=RopeConfig(**parsed["rope"]),
-        moe=MoEConfig(score=kind.score, **parsed["moe"]),
+        moe=MoEConfig(**parsed["moe"]),
         mtp=MTPConfig(**parsed["mtp"]),
     )
 
 
-def _check_fixed(values: dict[str, Any], kind: Kind) -> None:
-    rules = FIXED | {"scoring_func": (kind.score.value,), "topk_method": kind.methods}
-    rules["num_key_value_heads"] = (values.get("num_attention_heads"), None)
-    if kind is V2:
-        rules |= {"norm_topk_prob": (False,), "num_nextn_predict_layers": (0, None), "rope_interleave": (True,)}
-    for key, allowed in rules.items():
+def _check_fixed(values: Values, family: Family) -> None:
+    for key, allowed in {**family.fixed, **QUANTISATION}.items():
         if key in values and values[key] not in allowed:
             supported = " or ".join(json.dumps(value) for value in allowed if value is not None)
             raise ValueError(
@@ -216,18 +171,18 @@ def _check_fixed(values: dict[str, Any], kind: Kind) -> None:
             )
 
 
-def _parse_rope(scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _parse_rope(scaling: Values, values: Values) -> Values:
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if kind == "default":
-        length = Field("rope.original_length", "max_position_embeddings", int, 4096)
-        return {"original_length": _read(values, length)}
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling.type={json.dumps(kind)} is not supported, only yarn")
-    for key in sorted(scaling.keys() - {field.published for field in YARN}):
+        return {"original_length": _read(values, Field("", "max_position_embeddings", int, 4096))}
+    if kind not in STRETCHES:
+        raise ValueError(f"rope_scaling.type={json.dumps(kind)} is not supported, only {' or '.join(STRETCHES)}")
+    known = STRETCHES[Stretch(kind)]
+    for key in sorted(scaling.keys() - {field.published for field in known}):
         if scaling[key] is not None:
             raise ValueError(f"rope_scaling.{key}={json.dumps(scaling[key])} is not supported")
-    parsed = {field.ours.removeprefix("rope."): _read(scaling, field, "rope_scaling.") for field in YARN}
+    parsed = {field.ours.removeprefix("rope."): _read(scaling, field, "rope_scaling.") for field in known}
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     # What a lone one of the two means, the published code and transformers disagree about.
     if not (mscale and all_dim) and (all_dim or mscale not in (None, 1)):
@@ -235,10 +190,23 @@ def _parse_rope(scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, An
             f"rope_scaling.mscale={mscale} with rope_scaling.mscale_all_dim={all_dim} is not supported: "
             "either both are given, or mscale is 1 and mscale_all_dim is 0"
         )
-    return parsed
+    return parsed | {"stretch": Stretch(kind)}
 
 
-def _read(values: dict[str, Any], field: Field, prefix: str = "") -> Any:
+def _describe_rope(config: ModelConfig) -> Values | None:
+    rope = config.rope
+    if rope.factor == 1.0:
+        return None
+    yarn = rope.stretch is Stretch.yarn
+    if yarn and (not rope.mscale or (not rope.mscale_all_dim and rope.mscale != 1.0)):
+        raise ValueError(
+            f"model.rope.mscale={rope.mscale} cannot be published with model.rope.mscale_all_dim={rope.mscale_all_dim}"
+        )
+    kind = {"type" if yarn else "rope_type": rope.stretch.value}
+    return kind | {field.published: get(config, field.ours) for field in STRETCHES[rope.stretch]}
+
+
+def _read(values: Values, field: Field, prefix: str = "") -> Any:
     value = values.get(field.published)
     if value is None:
         if field.default is ...:
@@ -249,31 +217,3 @@ def _read(values: dict[str, Any], field: Field, prefix: str = "") -> Any:
     if not isinstance(value, field.kind) or (field.kind is int and isinstance(value, bool)):
         raise ValueError(f"{prefix}{field.published}={json.dumps(value)} must be of type {field.kind.__name__}")
     return value
-
-
-def _get(config: ModelConfig, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _check_expressible(config: ModelConfig, kind: Kind) -> None:
-    moe, where = config.moe, "cannot be published"
-    if config.mtp.depth and moe.experts == 0:
-        raise ValueError(
-            f"model.mtp.depth={config.mtp.depth} {where} with model.moe.experts=0: its modules have experts"
-        )
-    if kind is V2 and moe.normalize_gates:
-        raise ValueError(f"model.moe.normalize_gates=true {where} with model.moe.score=softmax")
-    if kind is V2 and config.mtp.depth:
-        raise ValueError(f"model.mtp.depth={config.mtp.depth} {where} with model.moe.score=softmax")
-    if kind is V3 and moe.experts and moe.experts // moe.groups < 2:
-        raise ValueError(
-            f"model.moe.groups={moe.groups} {where} with model.moe.experts={moe.experts}: a group has at least two"
-        )
-    rope = config.rope
-    if rope.factor > 1 and (not rope.mscale or (not rope.mscale_all_dim and rope.mscale != 1.0)):
-        raise ValueError(
-            f"model.rope.mscale={rope.mscale} {where} with model.rope.mscale_all_dim={rope.mscale_all_dim}"
-        )

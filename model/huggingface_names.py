@@ -4,8 +4,10 @@
     attention.mla.q_kv_a [q + kv + R, H]  q_a_proj [q, H]; kv_a_proj_with_mqa         rows of one fused product
     mlp.swiglu.gate_up [2, F, H]          gate_proj [F, H]; up_proj [F, H]            two planes
     experts.routed.gate_up [E, 2, F, H]   experts.0.gate_proj [F, H]; ...             a plane an expert
+    attention.gqa.qkv [K, G D + 2 D, H]   q_proj [K G D, H]; k_proj; v_proj           rows of each of K heads
 
-Every published tensor is a region of one of ours, up to the order of its rows or columns:
+One table for all families: a model has the rows whose tensors it has. Every published tensor is a region of one of
+ours, up to the order of its rows or columns:
 
     rotary rows    published: neighbours are a pair, x[2i] and x[2i+1];  ours: halves, x[i] and x[i + R/2]
     eh_proj        published: columns [embedding; hidden];  ours: [hidden; embedding], as in the paper
@@ -21,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, ScoreFunction
+from model.config import ModelConfig
+from model.families.table import find
 from model.shards import Index
 
 
@@ -43,6 +46,12 @@ class Piece(NamedTuple):
     region: Index
     published: str
     order: Order | None
+    joined: bool = False  # the first two dims of the region are one there
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The published one, of one of ours with the shape ``whole``."""
+        first, *rest = torch.empty(whole, device="meta")[self.region].shape
+        return (first * rest[0], *rest[1:]) if self.joined else (first, *rest)
 
 
 class Row(NamedTuple):
@@ -52,6 +61,7 @@ class Row(NamedTuple):
     published: str
     region: Callable[[ModelConfig], Index] = lambda config: ()
     order: Callable[[ModelConfig], Order] | None = None
+    joined: bool = False
 
 
 def _gate(config: ModelConfig) -> Index:
@@ -68,7 +78,34 @@ def _query_latent(config: ModelConfig) -> Index:
 
 def _key_latent(config: ModelConfig) -> Index:
     start = config.attention.q_rank or 0
-    return (slice(start, start + config.attention.kv_rank + config.attention.rope_dim),)
+    return (slice(start, start + _rank(config) + config.attention.rope_dim),)
+
+
+def _rank(config: ModelConfig) -> int:
+    """Width of the latent of keys and values, where attention has one."""
+    rank = config.attention.kv_rank
+    assert rank is not None
+    return rank
+
+
+def _query(config: ModelConfig) -> Index:
+    return (slice(None), slice(0, _group(config)))
+
+
+def _key(config: ModelConfig) -> Index:
+    return (slice(None), slice(_group(config), _group(config) + config.attention.width))
+
+
+def _value(config: ModelConfig) -> Index:
+    start = _group(config) + config.attention.width
+    return (slice(None), slice(start, start + config.attention.v_dim))
+
+
+def _group(config: ModelConfig) -> int:
+    """Rows of the queries that read a head of keys and values."""
+    a = config.attention
+    assert a.kv_heads is not None
+    return a.heads // a.kv_heads * a.width
 
 
 def _pair(width: int) -> Tensor:
@@ -78,7 +115,7 @@ def _pair(width: int) -> Tensor:
 
 def _key_rows(config: ModelConfig) -> Order:
     """[kv_rank | R]: the rotary key comes after the latent."""
-    rank = config.attention.kv_rank
+    rank = _rank(config)
     return Order(0, torch.cat((torch.arange(rank), rank + _pair(config.attention.rope_dim))))
 
 
@@ -109,6 +146,14 @@ BLOCK = (
     Row("attention.mla.kv_norm.weight", "self_attn.kv_a_layernorm.weight"),
     Row("attention.mla.kv_b.weight", "self_attn.kv_b_proj.weight"),
     Row("attention.mla.o.weight", "self_attn.o_proj.weight"),
+    *(
+        Row(f"attention.gqa.{ours}", f"self_attn.{part}_proj.{kind}", region, joined=True)
+        for ours, kind in (("qkv.weight", "weight"), ("bias", "bias"))
+        for part, region in (("q", _query), ("k", _key), ("v", _value))
+    ),
+    Row("attention.gqa.q_norm.weight", "self_attn.q_norm.weight"),
+    Row("attention.gqa.k_norm.weight", "self_attn.k_norm.weight"),
+    Row("attention.gqa.o.weight", "self_attn.o_proj.weight"),
     Row("attention.mlp_norm.weight", "post_attention_layernorm.weight"),
     Row("mlp.swiglu.gate_up.weight", "mlp.gate_proj.weight", _gate),
     Row("mlp.swiglu.gate_up.weight", "mlp.up_proj.weight", _up),
@@ -136,16 +181,16 @@ def cut(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], interleaved:
     """Every piece of the tensors of ours named in ``shapes``, in the order of the layers.
 
     ``interleaved``: the published rotary pairs are neighbours. False: they are halves, as ours."""
-    pieces = []
+    pieces, biased = [], is_biased(config)
     for ours, published, rows in _sections(config):
         for row in rows:
-            if ours + row.ours in shapes and not (row.ours == "attention.router.bias" and is_v2(config)):
+            if ours + row.ours in shapes and (biased or row.ours != "attention.router.bias"):
                 order = row.order(config) if row.order and (interleaved or row.order is _halves) else None
                 experts = range(shapes[ours + row.ours][0]) if "{expert}" in row.published else [None]
                 for expert in experts:
                     region = row.region(config) if expert is None else (expert, *row.region(config))
                     name = published + row.published.replace("{expert}", str(expert))
-                    pieces.append(Piece(ours + row.ours, region, name, order))
+                    pieces.append(Piece(ours + row.ours, region, name, order, row.joined))
     return pieces
 
 
@@ -160,9 +205,9 @@ def repeat(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def is_v2(config: ModelConfig) -> bool:
-    """Whether the published layout is DeepSeek-V2's: softmax scores, and no selection bias."""
-    return config.moe.experts > 0 and config.moe.score is ScoreFunction.softmax
+def is_biased(config: ModelConfig) -> bool:
+    """Whether selection biases of its routers are published: softmax routers have none."""
+    return find(config).biased
 
 
 def _sections(config: ModelConfig) -> Iterator[tuple[str, str, tuple[Row, ...]]]:

@@ -1,6 +1,6 @@
 """What a model computes with: a dtype, and for some of its products a recipe of FP8. Precision is a swap.
 
-    attention.mla.*, dense and shared feed-forward networks    products in FP8
+    attention.mla.*, gqa.*, dense and shared feed-forward networks    products in FP8
     routed experts                                             the same, and what travels to them
     embedding, head, router, norms, attention core, what joins a state and an embedding for MTP    as they are
 
@@ -30,7 +30,7 @@ class Numerics(NamedTuple):
 
 AS_THEY_ARE = ("head", "*.project")
 # Quantised along tokens once more for a weight gradient, or sent to experts as they are: powers of two lose nothing.
-ROUNDED = ("*.mla.o", "*.shared.gate_up")
+ROUNDED = ("*.mla.o", "*.gqa.o", "*.shared.gate_up")
 
 
 def swap(model: nn.Module, recipe: Recipe) -> None:

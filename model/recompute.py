@@ -46,9 +46,11 @@ def list_repeated(config: ModelConfig) -> Sizes | None:
     if config.recompute is Recompute.full:
         return None
     a = config.attention
+    if a.kv_rank is None:
+        return ()
     sizes = [(a.kv_rank, a.heads * (a.nope_dim + a.v_dim))]
     if a.q_rank is not None:
-        sizes.append((a.q_rank, a.heads * (a.nope_dim + a.rope_dim)))
+        sizes.append((a.q_rank, a.heads * a.width))
     return tuple(sizes)
 
 

@@ -1,6 +1,6 @@
 """Which models and batches a layout takes. Standard library only: asked when a configuration is composed and at start.
 
-    attention heads      divide by tp            a rank computes whole heads
+    attention heads      divide by tp            a rank computes whole heads, of keys and values too
     routed experts       divide by ep            a rank holds whole experts, equally many
     sequence length      divides by cp * tp      ranks hold equal shards of a sequence
     every global batch   divides by dp           replicas train on equally many sequences
@@ -43,9 +43,10 @@ def check(model: ModelConfig, sequence_length: int, global_batches: Iterable[int
 def check_model(model: ModelConfig, sequence_length: int, layout: Topology | ParallelConfig) -> None:
     """The rules that hold whatever dp is. Raises ValueError."""
     heads, experts, shards = model.attention.heads, model.moe.experts, layout.cp * layout.tp
-    if heads % layout.tp:
+    if (kv_heads := model.attention.kv_heads or heads) % layout.tp:
+        heads, name = kv_heads, "kv_heads" if model.attention.kv_heads else "heads"
         raise ValueError(
-            f"parallel.tp={layout.tp} must divide model.attention.heads={heads}: a rank computes whole heads; "
+            f"parallel.tp={layout.tp} must divide model.attention.{name}={heads}: a rank computes whole heads; "
             f"the nearest that do: {_divisors(heads, layout.tp)}"
         )
     if layout.ep > 1 and experts == 0:
@@ -65,10 +66,17 @@ def check_model(model: ModelConfig, sequence_length: int, layout: Topology | Par
 
 def check_tiles(model: ModelConfig, sequence_length: int, tp: int, tile: int) -> None:
     """Raises ValueError if ``tp`` cuts one of the widths that a product in FP8 has elsewhere than between tiles."""
-    a, dense = model.attention, model.dense_layers > 0 or not model.moe.experts
+    a, dense = model.attention, not all(map(model.is_moe, range(model.num_layers)))
+    if a.kv_heads is None:
+        heads = {
+            "model.attention.heads * (nope_dim + rope_dim)": a.heads * a.width,
+            "model.attention.heads * (nope_dim + v_dim)": a.heads * (a.nope_dim + a.v_dim),
+        }
+    else:
+        of_a_head = a.heads // a.kv_heads * a.width + a.width + a.v_dim
+        heads = {"model.attention: queries, keys and values of its kv_heads": a.kv_heads * of_a_head}
     widths = {
-        "model.attention.heads * (nope_dim + rope_dim)": a.heads * (a.nope_dim + a.rope_dim),
-        "model.attention.heads * (nope_dim + v_dim)": a.heads * (a.nope_dim + a.v_dim),
+        **heads,
         "model.attention.heads * v_dim": a.heads * a.v_dim,
         "data.sequence_length": sequence_length,
         **({"model.ffn": model.ffn} if dense else {}),

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from configs.schema import TrainConfig
 from model.config import ModelConfig
+from model.count import count_biases, count_norms
 from parallel.config import EngineName
 from parallel.pipeline.stages import Pipeline
 from parallel.placement import HOLDERS
@@ -95,11 +96,14 @@ def list_parts(model: ModelConfig, pipeline: Pipeline, place: int) -> list[Part]
 def list_block(model: ModelConfig, layer: int) -> list[Part]:
     """The parameters of one block, by where they lie: the rows of parallel/plan.py, counted."""
     a, m, hidden = model.attention, model.moe, model.hidden
-    query = a.heads * (a.nope_dim + a.rope_dim)
-    heads = (a.q_rank or hidden) * query + a.kv_rank * a.heads * (a.nope_dim + a.v_dim) + a.heads * a.v_dim * hidden
-    latent = hidden * (a.kv_rank + a.rope_dim) + hidden * (a.q_rank or 0)
-    norms = 2 * hidden + a.kv_rank + (a.q_rank or 0)
-    parts = [Part(heads, Axis.tp), Part(latent + norms, None)]
+    query, latent = a.heads * a.width, 0
+    if a.kv_rank is None:
+        heads = hidden * (query + (a.kv_heads or 0) * (a.width + a.v_dim)) + count_biases(a)
+    else:
+        heads = (a.q_rank or hidden) * query + a.kv_rank * a.heads * (a.nope_dim + a.v_dim)
+        latent = hidden * (a.kv_rank + a.rope_dim) + hidden * (a.q_rank or 0)
+    heads += a.heads * a.v_dim * hidden
+    parts = [Part(heads, Axis.tp), Part(latent + 2 * hidden + count_norms(a), None)]
     if not model.is_moe(layer):
         return [*parts, Part(3 * hidden * model.ffn, Axis.tp)]
     expert = 3 * hidden * m.ffn

@@ -66,7 +66,7 @@ def requeue(job: str, without: Sequence[str] = ()) -> None:
     """Puts a job that runs back into the queue, never to run on the nodes ``without`` again. Who calls this ends soon.
 
     After a node was lost Slurm has done so already, and says that it cannot. A job that runs is not told where not to,
-    and the requeue ends all that the job runs with SIGTERM, half a minute later by force: both commands live through it.
+    and the requeue ends all that the job runs with SIGTERM, later by force: both commands live through it.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is started from here on inherits that
     _ask("scontrol", "requeue", job)

@@ -81,6 +81,8 @@ def test_a_dry_run_asks_slurm_and_leaves_nothing(user: User) -> None:
     assert "to start at" in said and "on nodes n[1-2]" in said
     refused = user.submit("run.id=one", "cluster.gres=gpu:3", "--dry-run", code=2)
     assert "shoestring: Slurm would refuse the job: " in refused and "not available" in refused
+    unanswered = user.submit("--dry-run", code=2, SLURM_CONF="/nowhere/slurm.conf")
+    assert "shoestring: Slurm could not be asked: " in unanswered and "/nowhere/slurm.conf" in unanswered
     assert list(user.home.iterdir()) == [user.recorder]
 
 

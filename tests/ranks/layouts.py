@@ -8,12 +8,12 @@ Layouts with several stages draw a schedule as well, and how layers are divided,
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from small_models import SOFTMAX, make_config
+from small_models import GROUPED, SOFTMAX, make_config
 
-from model.config import Recompute
+from model.config import AttentionConfig, MoEConfig, Recompute, ScoreFunction
 from parallel.config import EngineName, OverlapConfig, PipelineConfig, TensorOverlap
 from parallel.pipeline.schedules import SCHEDULES, Route, check
 from parallel.topology import Topology
@@ -24,16 +24,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine": (EngineName.native, EngineName.fsdp2),
     "tensor": (TensorOverlap.joined, TensorOverlap.blocks),
     "shared": (0, 1, 2),
-    "router": ("sigmoid in groups", "sigmoid", "softmax"),
+    "router": ("sigmoid in groups", "sigmoid", "softmax", "softmax, normalised", "none"),
     "mtp": (0, 1, 2),
     "recompute": tuple(Recompute),
     "accumulation": (1, 2, 3),
     "micro_batch": (1, 2),
     "crowded": (False, True),
     "rebalance": (False, True),
-    "compressed": (True, False),
+    "attention": ("latent", "direct", "grouped", "biased"),
     "tied": (False, True),
-    "dense": (0, 1),
+    "dense": (0, 1, "every other"),
     "documents": (True, False),
     "clip": (0.3, 0.0),
     "schedule": ("1f1b", "interleaved_1f1b_overlap"),
@@ -50,6 +50,13 @@ PIPED: dict[str, tuple[Any, ...]] = {
     "spare": (0, 1, 2),  # layers more than stages
 }
 CANDIDATES = 50
+# Of so many ranks of tp: latent as DeepSeek's; grouped as Qwen3's, a head of keys and values a rank; as GLM-4.5's.
+ATTENTION: dict[str, Callable[[int], dict[str, Any]]] = {
+    "latent": lambda tp: {"heads": 2 * tp if tp < 3 else tp, "q_rank": 7},
+    "direct": lambda tp: {"heads": 2 * tp if tp < 3 else tp, "q_rank": None},
+    "grouped": lambda tp: GROUPED | {"heads": 3 * tp, "kv_heads": tp, "qk_norm": True},
+    "biased": lambda tp: GROUPED | {"heads": 4 * tp, "kv_heads": 2 * tp, "nope_dim": 4, "rope_dim": 4, "bias": True},
+}
 Choice = dict[str, Any]
 
 
@@ -92,7 +99,9 @@ def draw_choice(
 
 def is_refused(choice: Choice) -> bool:
     """fsdp2 neither recomputes nor moves experts, takes schedules of whole backwards only, and on one rank one stage;
-    without expert parallelism experts have nowhere to go, and tokens stay together."""
+    without expert parallelism experts have nowhere to go, and tokens stay together; without experts none are routed."""
+    if choice["router"] == "none" and (choice["topology"].ep > 1 or choice["crowded"] or choice["rebalance"]):
+        return True
     topology, fsdp2 = choice["topology"], choice["engine"] is EngineName.fsdp2
     wild = bool(SCHEDULES[choice["schedule"]].needs_native()) or choice.get("virtual", 1) > topology.pp == 1
     return (fsdp2 and (choice["recompute"] is not Recompute.none or wild)) or (
@@ -134,19 +143,18 @@ def make_case(choice: Choice, seed: int) -> Case:
     stages = SCHEDULES[choice["schedule"]].stages(topology.pp, choice["virtual"])
     layers = stages + choice["spare"]
     experts = next(number for number in (6, 8, 10, 14) if number % topology.ep == 0)
-    grouped = choice["router"] == "sigmoid in groups"
+    grouped, every_other = choice["router"] == "sigmoid in groups", choice["dense"] == "every other"
     return Case(
         topology=topology,
         model=make_config(
             num_layers=layers,
-            dense_layers=choice["dense"],
-            attention={
-                "heads": 2 * topology.tp if topology.tp < 3 else topology.tp,
-                "q_rank": 7 if choice["compressed"] else None,
-            },
+            dense_layers=0 if every_other else choice["dense"],
+            attention=ATTENTION[choice["attention"]](topology.tp),
             moe={
-                **(SOFTMAX if choice["router"] == "softmax" else {}),
-                "experts": experts,
+                **(SOFTMAX if choice["router"].startswith("softmax") else {}),
+                "normalize_gates": choice["router"] != "softmax",
+                "experts": 0 if choice["router"] == "none" else experts,
+                "every": 2 if every_other else 1,
                 "groups": experts // 2 if grouped else 1,
                 "top_groups": 2 if grouped else 1,
                 "shared_experts": choice["shared"],
@@ -188,13 +196,29 @@ def describe(case: Case) -> str:
     layers = "" if pipeline.layers is None else f" {pipeline.layers}"
     words = [
         f"pp{t.pp} {pipeline.schedule}{pipeline.virtual}{layers}{'' if case.overlap.experts else ' in turns'}",
-        f"dp{t.dp} tp{t.tp} ep{t.ep} {case.overlap.tensor} {case.engine} {model.moe.score}{model.moe.groups}",
+        f"dp{t.dp} tp{t.tp} ep{t.ep} {case.overlap.tensor} {case.engine} {describe_router(model.moe)}",
         f"shared{model.moe.shared_experts}",
-        f"mtp{model.mtp.depth} dense{model.dense_layers} {model.recompute} {case.accumulation}x{case.micro_batch}",
+        f"mtp{model.mtp.depth} dense{model.dense_layers}/{model.moe.every} {model.recompute}",
+        f"{case.accumulation}x{case.micro_batch}",
         *(word for word, true in (("crowded", case.crowded), ("moving", case.rebalance), ("tied", model.tied)) if true),
         *((f"{case.overlap.pieces} pieces",) if case.overlap.pieces > 1 else ()),
         *(("documents",) if case.documents else ()),
-        *(("direct",) if model.attention.q_rank is None else ()),
+        describe_attention(model.attention),
         *(("clipped",) if case.optimizer.clip else ()),
     ]
     return " ".join(words)
+
+
+def describe_router(moe: MoEConfig) -> str:
+    """As in ``CHOICES``."""
+    if not moe.experts:
+        return "none"
+    normalised = ", normalised" * (moe.score is ScoreFunction.softmax and moe.normalize_gates)
+    return moe.score + normalised + " in groups" * (moe.groups > 1)
+
+
+def describe_attention(attention: AttentionConfig) -> str:
+    """As in ``CHOICES``."""
+    if attention.kv_heads is None:
+        return "direct" if attention.q_rank is None else "latent"
+    return "biased" if attention.bias else "grouped"

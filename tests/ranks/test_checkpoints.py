@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import make_config
+from small_models import GROUPED, make_config
 from small_runs import make_run, write_text
 from spawn import run_ranks
 
@@ -28,7 +28,11 @@ from training.loop import train_on
 from training.metrics import read
 from training.support import DEEPSPEED
 
-EXPERTS = {"experts": 8, "groups": 4, "top_groups": 2}
+# Families by what differs: attention, and which layers route.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "latent": ({"heads": 4}, {}),
+    "grouped": (GROUPED | {"heads": 4, "qk_norm": True, "bias": True, "nope_dim": 2}, {"every": 2}),
+}
 CUT, STEPS = 4, 6  # the run that goes on takes the steps behind ``CUT``
 
 
@@ -40,11 +44,13 @@ class Layout(NamedTuple):
     virtual: int = 1
     engine: EngineName = EngineName.native
     moving: int = 0  # steps between moves of experts to other ranks
+    family: str = "latent"
 
     def __str__(self) -> str:
         t = self.topology
         moving = f" moving{self.moving}" if self.moving else ""
-        return f"pp{t.pp} {self.schedule}{self.virtual} dp{t.dp} tp{t.tp} ep{t.ep} {self.engine}{moving}"
+        layout = f"pp{t.pp} {self.schedule}{self.virtual} dp{t.dp} tp{t.tp} ep{t.ep} {self.engine}{moving}"
+        return layout if self.family == "latent" else f"{self.family} {layout}"
 
     def parallel(self) -> ParallelConfig:
         """In keys."""
@@ -99,14 +105,15 @@ def choose_precision(*layouts: Layout) -> Precision:
 
 
 def make(text: Path, layout: Layout, precision: Precision) -> TrainConfig:
+    attention, moe = FAMILIES[layout.family]
     config = make_run(
         text,
         model=make_config(
             vocab_size=264,
             num_layers=4,
             mtp=1,
-            attention={"heads": 4},
-            moe={"experts": 8, "groups": 4, "top_groups": 2},
+            attention=attention,
+            moe={"experts": 8, "groups": 4, "top_groups": 2, **moe},
         ),
         precision=precision,
         steps=STEPS,
@@ -175,7 +182,7 @@ def go_on(runs: Runs, source: Layout, target: Layout, folder: Path) -> str:
 def check(runs: Runs, source: Layout, target: Layout, folder: Path) -> None:
     assert f"goes on after step {CUT} and" in go_on(runs, source, target, folder)
     precision = choose_precision(source, target)
-    whole, tolerance = runs.get(Layout(), precision), 1e-9 if precision is Precision.fp64 else 1e-3
+    whole, tolerance = runs.get(Layout(family=target.family), precision), 1e-9 if precision is Precision.fp64 else 1e-3
     found, alone, uncut = rows(folder), rows(whole), rows(runs.get(source, precision))
     assert [row["step"] for row in found] == list(range(STEPS)) and found[:CUT] == uncut[:CUT]
     if source == target:
@@ -188,7 +195,7 @@ def check(runs: Runs, source: Layout, target: Layout, folder: Path) -> None:
         assert [row[name] for name in exact] == [expected[name] for name in exact]
     if tolerance == 1e-9:
         check_weights(folder, whole)
-        check_average(folder, whole)
+        check_average(folder, whole, target.family)
     kinds = [row["step"] for row in read(folder / "metrics.jsonl", "resume")]
     assert kinds == [CUT] and find(folder / "checkpoints") == [4, 6]
 
@@ -201,10 +208,10 @@ def check_weights(folder: Path, whole: Path) -> None:
         assert (saved[name] - tensor).abs().max() <= 1e-9 * tensor.abs().max().clamp(1e-9), name
 
 
-def check_average(folder: Path, whole: Path) -> None:
+def check_average(folder: Path, whole: Path, family: str) -> None:
     """That of the weights over all steps."""
     places = [path / "checkpoints" / f"{STEPS:08}" for path in (folder, whole)]
-    model = make(folder, Layout(), Precision.fp64).model
+    model = make(folder, Layout(family=family), Precision.fp64).model
     found, wanted = (open_weights(place, read_manifest(place), model, average=True) for place in places)
     for name in wanted.shapes():
         expected = wanted.read(name)
@@ -220,6 +227,11 @@ def test_a_checkpoint_loads_into_another_layout(runs: Runs, tmp_path: Path, sour
 @pytest.mark.parametrize(("source", "target"), draw_pairs(WIDE, 40, seed=6), ids=str)
 def test_a_checkpoint_loads_into_any_layout(runs: Runs, tmp_path: Path, source: Layout, target: Layout) -> None:
     check(runs, source, target, tmp_path)
+
+
+@pytest.mark.parametrize(("source", "target"), [(LAYOUTS[3], LAYOUTS[2]), (LAYOUTS[6], LAYOUTS[5])], ids=str)
+def test_a_checkpoint_of_another_family_loads_too(runs: Runs, tmp_path: Path, source: Layout, target: Layout) -> None:
+    check(runs, source._replace(family="grouped"), target._replace(family="grouped"), tmp_path)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[1], pytest.param(WIDE[-1], marks=pytest.mark.full)], ids=str)

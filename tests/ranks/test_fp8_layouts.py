@@ -7,7 +7,7 @@ import pytest
 import torch
 from layouts import describe
 from proved import check
-from small_models import make_config
+from small_models import GROUPED, make_config
 from spawn import run_ranks
 
 import parallel.collectives
@@ -35,6 +35,11 @@ def make_model(**other: Any) -> ModelConfig:
     return make_config(**{"attention": attention, "moe": moe, "hidden": 128, "ffn": 256, "num_layers": 2, **other})
 
 
+# Per rank of tp=2: a head of keys and values in whole tiles; two of them, each of a tile and a half.
+NORMED = GROUPED | {"heads": 4, "kv_heads": 2, "rope_dim": 128, "v_dim": 128, "qk_norm": True}
+BIASED = GROUPED | {"heads": 4, "kv_heads": 4, "rope_dim": 32, "v_dim": 64, "nope_dim": 32, "bias": True}
+
+
 def make_case(layout: Layout, schedule: str = "1f1b", recipe: Recipe = DEEPSEEK_V3, **other: Any) -> Case:
     return Case(
         topology=Topology(**layout),
@@ -58,9 +63,11 @@ FEW = [
         micro_batch=2,
     ),
     make_case(FOLDED, recipe=MXFP8, model=make_model(mtp=1)),
+    make_case({"tp": 2}, model=make_model(attention=NORMED), accumulation=2),
 ]
 MANY = [
     make_case({}),
+    make_case(FOLDED, model=make_model(attention=BIASED, recompute="selective")),
     make_case({"dp": 2}, crowded=True),
     make_case(SPREAD, engine=EngineName.fsdp2),
     make_case(SPREAD, engine=EngineName.zero1, accumulation=1),

@@ -56,7 +56,8 @@ def fuse(
     ours = {name: torch.full(shape, float("nan"), dtype=dtype) for name, shape in shapes.items()}
     for piece in cut(config, shapes):
         if piece.published in published:
-            ours[piece.ours][piece.region] = arrange(published[piece.published], piece.order)
+            part = ours[piece.ours][piece.region]
+            part.copy_(arrange(published[piece.published], piece.order).view(part.shape))
     return ours
 
 

@@ -8,11 +8,14 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from model.batch import Batch, Denominators
-from model.build import build
+from model.build import build, constant
 from model.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig, ScoreFunction
 from model.transformer import Transformer
 
 ATTENTION = {"heads": 2, "q_rank": 7, "kv_rank": 5, "nope_dim": 4, "rope_dim": 6, "v_dim": 3}
+GROUPED: dict[str, Any] = {  # instead of the latents of ATTENTION
+    "heads": 6, "kv_heads": 2, "q_rank": None, "kv_rank": None, "nope_dim": 0, "rope_dim": 8, "v_dim": 8,
+}  # fmt: skip
 MOE = {
     "experts": 6,
     "top_k": 2,
@@ -49,8 +52,8 @@ def make_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: in
     model = build(config, dtype, "cpu", seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.dim() == 1:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if constant(name, tensor) is not None:
                 tensor += 0.2 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
     return model
 

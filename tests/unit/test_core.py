@@ -11,18 +11,22 @@ from model.core import blocked_attention, fused_attention
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2, 2, 2]], dtype=torch.int32)
 
 
-def random(length: int, width: int, seed: int) -> Tensor:
+HEADS = 6
+
+
+def random(length: int, width: int, seed: int, heads: int = HEADS) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn((2, 3, length, width), generator=generator, dtype=torch.float64).requires_grad_()
+    return torch.randn((2, heads, length, width), generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(length: int, kv_heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and narrower values."""
-    return random(length, 4, 0), random(length, 4, 1), random(length, 2, 2)
+    return random(length, 4, 0), random(length, 4, 1, kv_heads), random(length, 2, 2, kv_heads)
 
 
 def whole_square(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
     length = q.shape[2]
+    k, v = (torch.stack([part[:, head * part.shape[1] // HEADS] for head in range(HEADS)], dim=1) for part in (k, v))
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     if documents is not None:
         seen = (seen & (documents[:, :, None] == documents[:, None, :]))[:, None]
@@ -36,9 +40,10 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "documents"])
 @pytest.mark.parametrize("attention", [blocked_attention, fused_attention])
+@pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
 @pytest.mark.usefixtures("block")
-def test_equals_the_whole_square(attention: core.Core, documents: Tensor | None) -> None:
-    q, k, v = inputs(8)
+def test_equals_the_whole_square(kv_heads: int, attention: core.Core, documents: Tensor | None) -> None:
+    q, k, v = inputs(8, kv_heads)
     out, expected = attention(q, k, v, documents), whole_square(q, k, v, documents)
     torch.testing.assert_close(out, expected, atol=1e-13, rtol=0)
     upstream = random(8, 2, 3).detach()
@@ -49,10 +54,11 @@ def test_equals_the_whole_square(attention: core.Core, documents: Tensor | None)
 
 @pytest.mark.parametrize("keep", [0, 2048], ids=["computed again", "kept"])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "documents"])
-def test_gradients(documents: Tensor | None, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_gradients(kv_heads: int, documents: Tensor | None, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "BLOCK", 3)
     monkeypatch.setattr(core, "KEEP_LENGTH", keep)
-    assert check_gradients(lambda q, k, v: blocked_attention(q, k, v, documents), inputs(8))
+    assert check_gradients(lambda q, k, v: blocked_attention(q, k, v, documents), inputs(8, kv_heads))
 
 
 def run(dtype: torch.dtype, documents: Tensor | None) -> tuple[list[Tensor], int]:
@@ -73,7 +79,7 @@ def test_probabilities_computed_again_are_the_kept_ones(
     monkeypatch.setattr(core, "BLOCK", 3)
     monkeypatch.setattr(core, "KEEP_LENGTH", 8)
     with_kept, size = run(dtype, documents)
-    assert size == 2 * 3 * (3 * 3 + 3 * 6 + 2 * 8)
+    assert size == 2 * HEADS * (3 * 3 + 3 * 6 + 2 * 8)
     monkeypatch.setattr(core, "KEEP_LENGTH", 7)
     again, size = run(dtype, documents)
     assert size == 0

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import make_config
+from family_models import NAMED
+from small_models import make_config, make_model
 from small_runs import make_run, write_text
 from test_huggingface_files import peak
 from test_resume import flip, make, rows
@@ -54,6 +55,20 @@ def test_it_has_what_a_model_would_load(
     assert len(list((tmp_path / "00000000").glob("*.safetensors"))) > 2
     masters = 8 if precision is Precision.fp64 else 4
     assert size == masters * sum(tensor.numel() for tensor in Resident(wanted).tensors.values())
+
+
+@pytest.mark.parametrize("name", ["glm4_moe: large", "qwen3_moe: dense layers between", "llama: one head"])
+def test_other_families(name: str, tmp_path: Path) -> None:
+    config = make_run(tmp_path, model=replace(NAMED[name], vocab_size=264))
+    published = make_model(config.model, torch.float32)
+    for router in published.routers():
+        router.bias.zero_()
+    export(Resident(published), published.config, tmp_path / "published")
+    admit(config, tmp_path / "published", tmp_path / "00000000")
+    wanted = allocate(config.model, torch.float32, "cpu")
+    load(wanted, tmp_path / "published")
+    check(wanted, tmp_path / "00000000")
+    check(published, tmp_path / "00000000")
 
 
 def test_biases_that_a_layout_has_not_are_zero(tmp_path: Path) -> None:

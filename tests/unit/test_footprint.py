@@ -25,6 +25,10 @@ LAYOUTS = {
     "pipeline": ("parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "run.micro_batch=1"),
     "virtual": ("parallel.pp=2", "parallel.dp=2", "parallel.pipeline.virtual=2", "run.micro_batch=1"),
     "tied": ("model.tied=true", "parallel.tp=2", "parallel.dp=1"),
+    "grouped": (
+        *("model.attention.kv_rank=null", "model.attention.q_rank=null", "model.attention.kv_heads=2"),
+        *("model.attention.qk_norm=true", "model.attention.bias=true", "model.moe.every=2", "parallel.tp=2"),
+    ),
     "dense": ("model.moe.experts=0", "model.mtp.depth=0", "parallel.dp=2", "model.attention.q_rank=null"),
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import SOFTMAX, YARN, make_batch, make_config, make_model
+from small_models import GROUPED, SOFTMAX, YARN, make_batch, make_config, make_model
 from torch import Tensor
 
 from model.attention import Cache
@@ -12,6 +12,8 @@ CONFIGS = {
     "V3": make_config(),
     "V2": make_config(attention={"q_rank": None}, moe=SOFTMAX),
     "YaRN, with prediction": make_config(rope=YARN, mtp=1),
+    "grouped": make_config(attention=GROUPED | {"qk_norm": True}),
+    "grouped, biased": make_config(attention=GROUPED | {"bias": True, "nope_dim": 2}, mtp=1),
 }
 
 
@@ -52,6 +54,6 @@ def test_the_cache_holds_latents_only() -> None:
     with torch.no_grad():
         make_model(config).logits(make_batch(config, length=9).ids[:, :9], cache)
     a = config.attention
-    assert len(cache.latents) == config.num_layers
-    for latent, key in cache.latents.values():
+    assert len(cache.layers) == config.num_layers
+    for latent, key in cache.layers.values():
         assert latent.shape == (2, 9, a.kv_rank) and key.shape == (2, 9, a.rope_dim)

@@ -1,14 +1,14 @@
-"""The model against `transformers`' DeepSeek-V3 and V2 with the same weights: logits and every gradient."""
+"""The model against `transformers`' of every family with the same weights: logits and every gradient."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
+from family_models import NAMED, configure, is_softmax
 from published_models import EAGER, Wide, fuse, list_gradients, make_counterpart
-from small_models import SOFTMAX, make_batch, make_config, make_model
+from small_models import make_batch, make_model
 from torch import Tensor
 from transformers.modeling_layers import MtpModel
 
@@ -18,44 +18,13 @@ from model.huggingface import Resident, export
 from model.rope import tables
 from model.transformer import Transformer
 
-YARN = {"factor": 40.0, "original_length": 64, "theta": 1000.0, "mscale": 0.7, "mscale_all_dim": 1.1}
 Named = dict[str, torch.nn.Parameter]  # of `transformers`' model
-SIZES: dict[str, Any] = {"vocab_size": 41, "hidden": 24, "ffn": 36, "init_std": 0.1}
-
-
-def configure(moe: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
-    """Without an auxiliary loss, which `transformers` does not have."""
-    return make_config(moe={"ffn": 14, "aux_alpha": 0.0} | (moe or {}), **{**SIZES, **changes})
-
-
-CONFIGS = {
-    "V3": configure(),
-    "odd sizes": configure(
-        attention={"heads": 3, "q_rank": 11, "kv_rank": 7, "nope_dim": 5, "rope_dim": 6, "v_dim": 9},
-        moe={"experts": 15, "groups": 5, "top_groups": 3, "top_k": 4, "ffn": 9, "shared_experts": 3},
-        hidden=21,
-        ffn=31,
-        vocab_size=37,
-    ),
-    "no query compression": configure(attention={"q_rank": None}),
-    "one group": configure(moe={"groups": 1, "top_groups": 1, "top_k": 3}),
-    "YaRN": configure(rope=YARN),
-    "no shared expert": configure(moe={"shared_experts": 0}),
-    "gates not normalised": configure(moe={"normalize_gates": False}),
-    "several dense layers": configure(num_layers=4, dense_layers=2),
-    "tied": configure(tied=True),
-    "all dense": configure(dense_layers=3),
-    "no experts": configure(moe={"experts": 0}),
-    "top 1": configure(moe={"top_k": 1, "normalize_gates": False}),  # normalised, its router would have no gradient
-    "V2 greedy": configure(moe=SOFTMAX | {"groups": 1, "top_groups": 1}, attention={"q_rank": None, "kv_rank": 6}),
-    "V2 group-limited": configure(moe=SOFTMAX | {"gate_scale": 4.0}, attention={"kv_rank": 6}, rope=YARN),
-}
 
 
 def build(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """Random norms and selection biases as well, except where the layout has no bias."""
     model = make_model(config, dtype)
-    if config.moe.score == SOFTMAX["score"]:
+    if is_softmax(config):
         for router in model.routers():
             router.bias.zero_()
     return model
@@ -87,23 +56,24 @@ def compare(model: Transformer, named: Named, batch: Batch, expected: list[Tenso
         assert_close(parameter.grad, gradients[name], tolerance, name)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMED)
 def test_equal_in_float32(name: str) -> None:
-    model = build(CONFIGS[name], torch.float32)
-    counterpart, batch = make_counterpart(model), make_batch(CONFIGS[name], length=11)
+    model = build(NAMED[name], torch.float32)
+    counterpart, batch = make_counterpart(model), make_batch(NAMED[name], length=11)
+    assert counterpart.config.model_type == name.partition(":")[0]
     logits = counterpart(batch.ids[:, :-1]).logits
     assert_close(model.logits(batch.ids[:, :-1]), logits, 1e-5, "logits")
     compare(model, dict(counterpart.named_parameters()), batch, [logits], 1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMED)
 def test_equal_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CONFIGS[name]
+    config = NAMED[name]
     model = build(config, torch.float64)
     counterpart, batch = make_counterpart(model), make_batch(config, length=11)
     # Both compute tables in float32, which may differ in the last bit: here they share one.
     cos, sin = (t.double()[None] for t in tables(config.rope, config.attention.rope_dim, torch.arange(11)))
-    shared = torch.complex(cos, sin) if name.startswith("V2") else (cos.repeat(1, 1, 2), sin.repeat(1, 1, 2))
+    shared = torch.complex(cos, sin) if name.startswith("deepseek_v2") else (cos.repeat(1, 1, 2), sin.repeat(1, 1, 2))
     monkeypatch.setattr(counterpart.model.rotary_emb, "forward", lambda x, position_ids: shared)
     with Wide():
         logits = counterpart(batch.ids[:, :-1]).logits

@@ -8,85 +8,12 @@ from typing import Any
 
 import pytest
 import transformers
-from small_models import SOFTMAX, make_config
+from published_configs import PUBLISHED, V2_LITE, V3, YARN
+from small_models import GROUPED, SOFTMAX, make_config
 
 from launcher.compose import Composer
 from model.config import ModelConfig, RopeConfig
 from model.huggingface_config import compare, describe, read_config
-
-YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-# As published, without the FP8 weights of the first.
-V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-V2_LITE = V3 | {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "aux_loss_alpha": 0.001,
-    "first_k_dense_replace": 1,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "model_type": "deepseek_v2",
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "num_nextn_predict_layers": None,
-    "q_lora_rank": None,
-    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "seq_aux": True,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "vocab_size": 102400,
-}
-PUBLISHED = {"deepseek_v3": V3, "deepseek_v2_lite": V2_LITE}
 
 
 def write(folder: Path, values: Any) -> Path:
@@ -96,12 +23,22 @@ def write(folder: Path, values: Any) -> Path:
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_published_is_the_preset(preset: str, tmp_path: Path) -> None:
-    config = Composer().compose((f"run={preset}",))[0].model
-    assert compare(config, write(tmp_path, PUBLISHED[preset])).interleaved
+    config = Composer().compose((f"model={preset}",))[0].model
+    assert compare(config, write(tmp_path, PUBLISHED[preset])).config.mtp.depth == config.mtp.depth
+    rope = read_config(tmp_path).rope
+    assert (rope.theta, rope.factor == 1) == (config.rope.theta, not PUBLISHED[preset]["rope_scaling"])
+
+
+@pytest.mark.parametrize("preset", ["deepseek_v3", "deepseek_v2_lite"])
+def test_published_stretching_is_read(preset: str, tmp_path: Path) -> None:
     mscale = PUBLISHED[preset]["rope_scaling"]["mscale"]
-    assert read_config(tmp_path).rope == RopeConfig(
+    assert read_config(write(tmp_path, PUBLISHED[preset])).rope == RopeConfig(
         theta=10000.0, factor=40.0, original_length=4096, mscale=mscale, mscale_all_dim=mscale
     )
+
+
+# Written in another way: as another model type, without a factor of 1, as it is for a model that is not stretched.
+OTHERWISE = {"bos_token_id", "eos_token_id", "architectures", "model_type", "max_position_embeddings", "topk_group"}
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -109,9 +46,11 @@ def test_read_then_described(preset: str, tmp_path: Path) -> None:
     config = read_config(write(tmp_path, PUBLISHED[preset]))
     again = describe(config, "bfloat16", eos=1)
     for key, value in again.items():
-        if key in PUBLISHED[preset] and key != "bos_token_id":
+        if key in PUBLISHED[preset] and key not in OTHERWISE:
             assert value == (PUBLISHED[preset][key] or (0 if key == "num_nextn_predict_layers" else value)), key
-    assert read_config(write(tmp_path, again)) == config
+    found = read_config(write(tmp_path, again))
+    assert replace(found, name="") == replace(config, name="", rope=found.rope)
+    assert found.name == {"kimi_k2": "deepseek_v3"}.get(preset, config.name)
 
 
 @pytest.mark.parametrize("rope", [{}, {"factor": 8.0, "original_length": 128, "mscale": 0.5, "mscale_all_dim": 0.25}])
@@ -140,8 +79,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "score": ({"scoring_func": "softmax"}, 'scoring_func="softmax" is not supported, only "sigmoid"'),
     "method": ({"topk_method": "greedy"}, 'topk_method="greedy" is not supported, only "noaux_tc"'),
     "heads": ({"num_key_value_heads": 8}, "num_key_value_heads=8 is not supported, only 128"),
-    "kind": ({"model_type": "llama"}, "model_type=llama must be one of deepseek_v3, deepseek_v2"),
-    "no kind": ({"model_type": None}, "model_type=None must be one of deepseek_v3, deepseek_v2"),
+    "kind": ({"model_type": "gpt2"}, "model_type=gpt2 must be one of deepseek_v2, deepseek_v3, "),
+    "no kind": ({"model_type": None}, "model_type=None must be one of deepseek_v2, deepseek_v3, "),
     "absent": ({"hidden_size": None}, "hidden_size is missing"),
     "text": ({"hidden_size": "7168"}, 'hidden_size="7168" must be of type int'),
     "fraction": ({"num_hidden_layers": 3.5}, "num_hidden_layers=3.5 must be of type int"),
@@ -150,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "size": ({"topk_group": 9}, "model.moe.top_groups=9 must not exceed model.moe.groups=8"),
     "rope": (
         {"rope_scaling": {"type": "linear", "factor": 2}},
-        'rope_scaling.type="linear" is not supported, only yarn',
+        'rope_scaling.type="linear" is not supported, only yarn or llama3',
     ),
     "no object": ({"rope_scaling": "yarn"}, 'rope_scaling="yarn" must be an object or null'),
     "factor": ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing"),
@@ -182,13 +121,25 @@ def test_no_configuration(text: str | None, tmp_path: Path) -> None:
 
 DIFFERENT: dict[str, tuple[ModelConfig, str]] = {
     "size": (make_config(hidden=14), "model.hidden=14 must be 12, hidden_size of "),
-    "latent": (make_config(attention={"q_rank": None}), "model.attention.q_rank=None must be 7, q_lora_rank of "),
+    "latent": (make_config(attention={"q_rank": None}), "model.attention.q_rank=null must be 7, q_lora_rank of "),
     "gates": (make_config(moe={"gate_scale": 1.5}), "model.moe.gate_scale=1.5 must be 2.5, routed_scaling_factor of "),
     "theta": (make_config(rope={"theta": 500.0}), "model.rope.theta=500.0 must be 10000.0, rope_theta of "),
     "dense": (make_config(moe={"experts": 0}), "model.moe.experts=0 must be 6, n_routed_experts of "),
     "score": (
         make_config(moe=SOFTMAX | {"normalize_gates": True, "gate_scale": 2.5}),
         "model.moe.score=softmax must be",
+    ),
+    "kind of attention": (
+        make_config(attention=GROUPED),
+        "model.attention.heads=6 must be 2, num_attention_heads of ",
+    ),
+    "heads of keys": (
+        make_config(attention=GROUPED | {"heads": 2}),
+        "model.attention.kv_rank=null must be 5, kv_lora_rank of ",
+    ),
+    "layers": (
+        make_config(moe={"every": 2}),
+        "model.dense_layers=1, moe.every=2 and moe.skip must have layer 2 route its tokens, as ",
     ),
     "MTP": (make_config(mtp=2), "model.mtp.depth=2 must be at most 1, num_nextn_predict_layers of "),
 }
@@ -224,6 +175,34 @@ UNPUBLISHABLE: dict[str, tuple[ModelConfig, str]] = {
     ),
     "groups of one": (
         make_config(moe={"groups": 6}),
+        "model.moe.groups=6 cannot be published with model.moe.experts=6",
+    ),
+    "Qwen with shared experts": (
+        make_config(attention=GROUPED | {"qk_norm": True}, moe=SOFTMAX | {"groups": 1, "top_groups": 1}),
+        "model.moe.shared_experts=1 cannot be published as qwen3_moe, only 0",
+    ),
+    "Qwen without norms": (
+        make_config(attention=GROUPED, moe=SOFTMAX),
+        "model.attention.qk_norm=false cannot be published as qwen3_moe, only true",
+    ),
+    "Llama, half rotated": (
+        make_config(attention=GROUPED | {"nope_dim": 2, "v_dim": 10}, moe={"experts": 0}),
+        "model.attention.nope_dim=2 cannot be published as llama, only 0",
+    ),
+    "Llama, odd": (
+        make_config(attention=GROUPED, moe={"experts": 0}, hidden=20),
+        "model.hidden=20 cannot be published as llama with model.attention.heads=6",
+    ),
+    "Qwen2 with norms": (
+        make_config(attention=GROUPED | {"bias": True, "qk_norm": True}, moe={"experts": 0}),
+        "model.attention.bias=true cannot be published as qwen3, only false",
+    ),
+    "narrow values": (
+        make_config(attention=GROUPED | {"v_dim": 4}, moe={"experts": 0}),
+        "model.attention.v_dim=4 cannot be published with model.attention.kv_heads: there it is rope_dim + nope_dim",
+    ),
+    "GLM in groups of one": (
+        make_config(attention=GROUPED, moe={"groups": 6}),
         "model.moe.groups=6 cannot be published with model.moe.experts=6",
     ),
     "mscale": (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_models import NAMED, is_softmax, make_glm
 from published_models import EAGER
 from safetensors.torch import save_file
 from small_models import SOFTMAX, make_config, make_model
@@ -24,19 +25,16 @@ from model.huggingface_config import describe, read_config
 from model.shards import INDEX, Pending, open_shards, write_shards
 from model.transformer import Transformer
 
-CONFIGS = {
+CONFIGS = NAMED | {
     "V3": make_config(mtp=1),
     "two MTP modules, tied": make_config(mtp=2, tied=True),
-    "no query compression": make_config(attention={"q_rank": None}),
-    "no shared expert": make_config(moe={"shared_experts": 0}),
-    "all dense": make_config(moe={"experts": 0}),
-    "V2": make_config(moe=SOFTMAX),
+    "GLM-4.5 with its MTP module": make_glm(mtp=1),
 }
 
 
 def make(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
     model = make_model(config, dtype, seed)
-    if config.moe.score == SOFTMAX["score"]:
+    if is_softmax(config):
         for router in model.routers():
             router.bias.zero_()
     return model

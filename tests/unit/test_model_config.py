@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from small_models import make_config
+from small_models import GROUPED, make_config
 
-from model.config import MTPConfig
+from model.config import MTPConfig, Stretch
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 0}, "model.vocab_size=0 must be positive"),
@@ -21,7 +21,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"rope_dim": 5}}, "model.attention.rope_dim=5 must be even"),
     ({"rope": {"theta": 0.0}}, "model.rope.theta=0.0"),
     ({"rope": {"factor": 0.5}}, "model.rope.factor=0.5 must be at least 1"),
-    ({"rope": {"beta_fast": 1.0}}, "model.rope.beta_slow=1.0 must be below model.rope.beta_fast=1.0"),
+    ({"rope": {"beta_fast": 0.5}}, "model.rope.beta_slow=1.0 must be below model.rope.beta_fast=0.5"),
+    ({"rope": {"beta_fast": 1.0, "stretch": Stretch.llama3}}, "model.rope.beta_slow=1.0 must be below"),
+    ({"attention": {"kv_heads": 2}}, "model.attention.kv_rank=5 and model.attention.kv_heads=2: one must be null"),
+    ({"attention": {"kv_rank": None}}, "model.attention.kv_rank=null and model.attention.kv_heads=null: one must"),
+    ({"attention": {"qk_norm": True}}, "model.attention.qk_norm=true needs model.attention.kv_heads"),
+    ({"attention": {"bias": True}}, "model.attention.bias=true needs model.attention.kv_heads"),
+    ({"attention": GROUPED | {"kv_heads": 4}}, "model.attention.kv_heads=4 must divide model.attention.heads=6"),
+    ({"attention": GROUPED | {"kv_heads": 0}}, "model.attention.kv_heads=0 must be positive"),
+    ({"attention": GROUPED | {"nope_dim": -1}}, "model.attention.nope_dim=-1 must not be negative"),
+    ({"attention": GROUPED | {"q_rank": 7}}, "model.attention.q_rank=7 must be null with model.attention.kv_heads=2"),
+    ({"moe": {"every": 0}}, "model.moe.every=0 must be positive"),
+    ({"moe": {"skip": (3,)}}, "model.moe.skip has 3, which must be a layer, 0..2"),
     ({"rope": {"original_length": 0}}, "model.rope.original_length=0"),
     *(({"moe": {key: 0}}, f"model.moe.{key}=0") for key in ("top_k", "ffn", "groups", "top_groups", "pad")),
     ({"moe": {"experts": -6}}, "model.moe.experts=-6"),
@@ -51,3 +62,10 @@ def test_a_model_without_experts_needs_no_expert_sizes() -> None:
     config = make_config(moe={"experts": 0, "ffn": 0, "groups": 1, "top_groups": 1})
     assert [config.is_moe(layer) for layer in range(4)] == [False] * 4
     assert [make_config(mtp=1).is_moe(layer) for layer in range(4)] == [False, True, True, True]
+
+
+def test_which_layers_route() -> None:
+    every_other = make_config(num_layers=5, dense_layers=2, moe={"every": 2}, mtp=1)
+    assert every_other.routed_blocks() == [3, 5]
+    between = make_config(num_layers=4, dense_layers=0, moe={"skip": (1, 3)})
+    assert between.routed_blocks() == [0, 2]

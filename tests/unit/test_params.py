@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from launcher import params
 from launcher.compose import Composer
@@ -12,9 +14,13 @@ from launcher.params import describe_cost, lay_out, scale
 from model.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
 from model.count import Amount, count, flops_per_token, forward_flops, without_mtp
 from model.experts import Experts
+from model.huggingface_config import describe
 from model.transformer import Transformer
 
 COMPOSER = Composer()
+
+
+PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 
 
 def preset(name: str) -> ModelConfig:
@@ -57,6 +63,11 @@ SHAPES = {
         attention=AttentionConfig(heads=3, kv_rank=5, nope_dim=4, rope_dim=2, v_dim=6, q_rank=7),
         mtp=MTPConfig(depth=2),
     ),
+    "grouped": ModelConfig(
+        name="grouped", vocab_size=17, num_layers=4, dense_layers=0, hidden=8, ffn=12,
+        attention=AttentionConfig(heads=6, kv_heads=2, nope_dim=2, rope_dim=4, v_dim=5, qk_norm=True, bias=True),
+        moe=MoEConfig(experts=6, top_k=3, ffn=5, every=2, skip=(3,)), mtp=MTPConfig(depth=1),
+    ),
     "all routed": ModelConfig(
         name="all_routed", vocab_size=17, num_layers=2, dense_layers=0, hidden=8, ffn=12,
         attention=AttentionConfig(heads=3, kv_rank=5, nope_dim=4, rope_dim=2, v_dim=6, q_rank=7),
@@ -70,13 +81,15 @@ def test_shapes_count_as_the_model_has_them(name: str) -> None:
     assert count(SHAPES[name]).trained.total == sum(p.numel() for p in allocate(SHAPES[name]).parameters())
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "deepseek_v2_lite", "deepseek_v3"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_count_as_the_model_has_them(name: str) -> None:
     config = preset(name)
     model = allocate(config)
     found = count(config)
     assert found.trained.total == sum(p.numel() for p in model.parameters())
     parts = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("embedding", "head", "mtp")}
+    if config.tied:  # counted once
+        parts["head"] = 0
     assert (found.embedding.total, found.head.total, found.mtp.total) == tuple(parts.values())
     experts = [module for module in model.layers.modules() if isinstance(module, Experts)]
     routed = sum(p.numel() for module in experts for p in module.parameters())
@@ -100,6 +113,44 @@ def test_deepseek_v2_lite_is_as_large_as_published() -> None:
     assert round(found.main.total / 1e9, 1) == 15.7
     # The 2.4 B published leave out the embedding, which is looked up.
     assert (found.main.active - found.embedding.active) / 1e9 == pytest.approx(2.4, abs=0.06)
+
+
+# Billions as published, all and active. Reports round and count differently: what a token of GLM's uses is without
+# embedding and head; 1.04 T of Kimi K2 are 1.026 T by its own sizes.
+SIZES = {
+    "qwen3_30b_a3b": (30.5, 3.3),
+    "qwen3_235b_a22b": (235, 22),
+    "qwen3_0_6b": (0.6, 0.6),
+    "kimi_k2": (1040, 32.6),
+    "glm45_air": (106, 12.2),
+    "llama3_8b": (8.03, 8.03),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_families_are_as_large_as_published(name: str) -> None:
+    total, active = SIZES[name]
+    found = count(preset(name))
+    used = found.main.active - (found.embedding.active + found.head.active) * (name == "glm45_air")
+    assert found.main.total / 1e9 == pytest.approx(total, rel=0.014)
+    assert used / 1e9 == pytest.approx(active, rel=0.017)
+
+
+def test_qwen_is_as_large_as_published_beside_its_embedding() -> None:
+    for name, published in (("qwen3_30b_a3b", 29.9), ("qwen3_235b_a22b", 234), ("qwen3_0_6b", 0.44)):
+        found = count(preset(name))
+        beside = (found.main.total - found.embedding.total - found.head.total) / 1e9
+        assert round(beside, len(str(published).partition(".")[2])) == published
+
+
+@pytest.mark.parametrize("name", [*SIZES, "deepseek_v2_lite", "deepseek_v3"])
+def test_transformers_has_as_many(name: str) -> None:
+    """Its model of our configuration, as published, has as many parameters: without MTP, which it leaves out."""
+    values = describe(without_mtp(preset(name)), "bfloat16")
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == count(preset(name)).main.total
 
 
 def test_small_is_the_model_whose_speed_is_measured() -> None:

@@ -47,6 +47,10 @@ def test_tp_cuts_between_tiles() -> None:
             check_tiles(changed, 1024, 2, 128)
     with pytest.raises(ValueError, match=r"^parallel\.tp=2 must cut data.sequence_length = 320 .* cut: 256, 512"):
         check_tiles(WIDE, 320, 2, 128)
+    grouped = AttentionConfig(heads=8, kv_heads=2, nope_dim=0, rope_dim=32, v_dim=32)
+    check_tiles(replace(WIDE, attention=grouped), 1024, 2, 64)
+    with pytest.raises(ValueError, match=r"kv_heads = 384 into multiples of 128, and 192 is none"):
+        check_tiles(replace(WIDE, attention=grouped), 1024, 2, 128)
     check_tiles(replace(WIDE, dense_layers=0, ffn=500, moe=replace(WIDE.moe, shared_experts=0)), 1024, 2, 128)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import make_config
+from small_models import GROUPED, make_config
 from small_runs import make_run
 
 from parallel.config import EngineName, OverlapConfig, ParallelConfig, PipelineConfig, ScheduleName, TensorOverlap
@@ -33,6 +33,16 @@ def test_keeps_one_layer_of_each_kind(dense: int) -> None:
     small = shrink_model(make_config(num_layers=3, dense_layers=dense), 2)
     kinds = {small.is_moe(layer) for layer in range(small.num_layers)}
     assert kinds == {0: {True}, 1: {False, True}, 3: {False}}[dense]
+
+
+def test_keeps_grouped_attention_and_one_layer_of_each_kind_wherever_they_are() -> None:
+    grouped = GROUPED | {"bias": True, "qk_norm": True}
+    small = shrink_model(
+        make_config(num_layers=6, dense_layers=0, attention=grouped, moe={"every": 3, "skip": (5,)}), 2
+    )
+    assert [small.is_moe(layer) for layer in range(small.num_layers)] == [False, True]
+    a = small.attention
+    assert (a.heads, a.kv_heads, a.qk_norm, a.bias, a.kv_rank) == (6, 2, True, True, None)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from model.batch import Batch
+from model.build import Transformer, constant
 from model.config import ModelConfig
 from model.fp8 import Recipe
-from model.transformer import Transformer
 from parallel.config import EngineName, OverlapConfig, ParallelConfig, PipelineConfig
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import Pipeline, divide_model, schedule_of
@@ -86,10 +86,10 @@ def draw_batch(case: Case, step: int) -> Batch:
 
 @torch.no_grad()
 def disturb(case: Case, model: Transformer) -> None:
-    """Makes every parameter of a fresh plain model show in its loss: norms leave one, selection biases leave zero."""
+    """Makes every parameter of a fresh plain model show in its loss: norms leave one, biases leave zero."""
     generator = torch.Generator().manual_seed(case.seed)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.dim() == 1:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if constant(name, tensor) is not None:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             tensor += (0.2 * noise).to(tensor.dtype)
     if case.crowded:

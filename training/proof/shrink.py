@@ -85,7 +85,8 @@ def shrink_model(model: ModelConfig, ranks: int, stages: int = 1) -> ModelConfig
         least = max(least, ranks)  # every rank gets something: fully_shard takes no empty weights
         return size if size <= least else least + (size - least) % ranks
 
-    a, dense, routed = model.attention, model.dense_layers, model.num_layers - model.dense_layers
+    a, routed = model.attention, sum(map(model.is_moe, range(model.num_layers)))
+    dense = model.num_layers - routed
     layers = max(min(dense, 1) + min(routed, 1), min(stages + 1, model.num_layers) if stages > 1 else 1)
     return replace(
         model,
@@ -99,12 +100,12 @@ def shrink_model(model: ModelConfig, ranks: int, stages: int = 1) -> ModelConfig
         attention=replace(
             a,
             q_rank=None if a.q_rank is None else reduce(a.q_rank, 7),
-            kv_rank=reduce(a.kv_rank, 5),
+            kv_rank=None if a.kv_rank is None else reduce(a.kv_rank, 5),
             nope_dim=min(a.nope_dim, 4),
             rope_dim=min(a.rope_dim, 6),
             v_dim=min(a.v_dim, 3),
         ),
-        moe=replace(model.moe, ffn=reduce(model.moe.ffn, 5), pad=min(model.moe.pad, 4))
+        moe=replace(model.moe, ffn=reduce(model.moe.ffn, 5), pad=min(model.moe.pad, 4), every=1, skip=())
         if model.moe.experts
         else model.moe,
     )

@@ -29,7 +29,7 @@ def round_to_tiles(case: Case, precision: Precision) -> tuple[Case, list[str]]:
 
 def widen(model: ModelConfig, tp: int, tile: int) -> ModelConfig:
     """``model`` with widths that ``tp`` cuts into whole tiles: those of each head as small as that allows."""
-    heads = model.attention.heads // tp
+    heads = (model.attention.kv_heads or model.attention.heads) // tp
     width = max(2, tile // math.gcd(tile, heads))
     return replace(
         model,
@@ -38,7 +38,7 @@ def widen(model: ModelConfig, tp: int, tile: int) -> ModelConfig:
         attention=replace(
             model.attention,
             q_rank=None if model.attention.q_rank is None else tile,
-            kv_rank=tile,
+            kv_rank=None if model.attention.kv_rank is None else tile,
             nope_dim=width,
             rope_dim=width,
             v_dim=width,
