@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher import cli, folder
 from launcher.discover import Rank, discover
-from launcher.entry import enter, keep_requests, stay_inside
+from launcher.entry import enter, keep_requests, leave, stay_inside
 from launcher.logs import copy_output
 from launcher.member import serve_alone, take_part
 from launcher.parent import end_with
@@ -61,4 +61,4 @@ def _serve(path: Path, rank: Rank | None, started_here: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import Any, TextIO, cast
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from typing import Any, NoReturn, TextIO, cast
 
 from configs.network import INTERFACE, NetworkConfig
 from launcher.console import Plain
@@ -50,6 +50,20 @@ def enter(rank: Rank, network: NetworkConfig) -> Iterator[Rank]:
 def keep_requests() -> None:
     """Requests to stop wait until they can be heard: training/interrupt.py."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [LAUNCHER])
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process of a rank, all of whose work is done or lost.
+
+    Not by way of Python's finalisation: a daemon thread that comes back from a collective meanwhile would be ended
+    inside frames of C++, which may not be unwound, and SIGABRT would be the exit code of a rank that had done well.
+    """
+    if (mpi := sys.modules.get("mpi4py.MPI")) is not None:
+        mpi.Finalize()  # which mpirun waits for
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def stay_inside() -> None:

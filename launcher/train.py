@@ -56,4 +56,9 @@ def run(config: RunConfig, invocation: Invocation) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    code = cli.main(["train", *sys.argv[1:]])
+    if discover(os.environ) is not None:
+        from launcher.entry import leave
+
+        leave(code)
+    sys.exit(code)

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -120,3 +122,30 @@ def test_a_store_listens_where_it_is_told_alone() -> None:
     listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if " 0A " in line]
     (address,) = {text.partition(":")[0] for text in listening if int(text.partition(":")[2], 16) == store.port}
     assert address == "0100007F"
+
+
+BUSY = """
+import sys, threading, time
+from datetime import timedelta
+from torch.distributed import HashStore
+from launcher.entry import leave
+
+def ask():
+    while True:
+        try:
+            store.wait(["what nobody says"], timedelta(milliseconds=1))
+        except Exception:
+            pass
+
+store = HashStore()
+for _ in range(8):
+    threading.Thread(target=ask, daemon=True).start()
+time.sleep(0.1)
+print("done", end="")
+"""
+
+
+def test_a_rank_ends_while_a_thread_of_its_comes_back_from_others() -> None:
+    """With sys.exit, CPython up to 3.13 ends that thread where C++ does not allow it, and the process by SIGABRT."""
+    done = subprocess.run([sys.executable, "-c", BUSY + "leave(7)"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (7, "done"), done.stderr

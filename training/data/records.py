@@ -1,0 +1,195 @@
+"""Files of many records, of which a field is the text: what there is of them in a piece of a file.
+
+    *.jsonl, *.ndjson             a line a record; a piece has those that begin in its bytes
+    the same with .gz or .zst     a stream, read from end to end: one piece
+    *.parquet                     row groups; a piece has those that begin in its bytes
+    *.arrow                       as `datasets` keeps them on disk, a stream of batches: one piece
+
+A record is a document; it is held out by a hash of its text, so that a text that is there twice is on one side. What
+is no record, or has no text, is named by its line (or row) and why. Parquet and Arrow need pyarrow, .zst zstandard.
+"""
+
+import gzip
+import json
+import mmap
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from training.data.corpus import Document
+
+LINES = (".jsonl", ".ndjson")
+PACKED = (".gz", ".zst")
+BATCH = 1024  # rows in memory at once
+COUNTED = 1 << 24  # bytes searched for line ends at once
+
+
+class Bad(NamedTuple):
+    """A record that is none. ``line``: its line, or row, from 1."""
+
+    line: int
+    why: str
+
+
+class Place(NamedTuple):
+    """A piece of a file of records: those that begin in ``start`` to ``stop``, which are counted in bytes."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+Found = Iterator[str | Bad]
+
+
+def list_suffixes() -> tuple[str, ...]:
+    """How files of records are called."""
+    return (*LINES, *(line + packed for line in LINES for packed in PACKED), ".parquet", ".arrow")
+
+
+def is_stream(path: str) -> bool:
+    """Whether a file has but one piece."""
+    return path.endswith((*PACKED, ".arrow"))
+
+
+def read_records(root: Path, document: Document, piece: range, field: str) -> Found:
+    """The texts of the records that begin in bytes ``piece`` of a document, a file of ``root``; and what is none.
+
+    Raises:
+        ValueError: what reads the format is not installed, or the file is not of it.
+    """
+    path = root / document.path
+    read = next(read for suffix, read in READERS.items() if path.name.endswith(suffix))
+    return read(Place(path, piece.start, piece.stop), field.split("."))
+
+
+def _read_lines(place: Place, field: list[str]) -> Found:
+    with place.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        position, stop = _find_line(content, place.start), _find_line(content, place.stop)
+        before: int | None = None  # lines, counted where one is to be named
+        number = 0
+        while position < stop:
+            end = content.find(b"\n", position, stop)
+            end = stop if end < 0 else end
+            found = _read_line(content[position:end], field)
+            position, number = end + 1, number + 1
+            if isinstance(found, str):
+                if before is None:
+                    before = _count_lines(content, _find_line(content, place.start))
+                yield Bad(before + number, found)
+            elif found is not None:
+                yield found[0]
+
+
+def _find_line(content: mmap.mmap, offset: int) -> int:
+    """Where the first line begins at byte ``offset`` or behind it."""
+    if offset == 0 or offset >= len(content):
+        return min(offset, len(content))
+    end = content.find(b"\n", offset - 1)
+    return len(content) if end < 0 else end + 1
+
+
+def _count_lines(content: mmap.mmap, stop: int) -> int:
+    return sum(content[start : min(start + COUNTED, stop)].count(b"\n") for start in range(0, stop, COUNTED))
+
+
+def _read_line(line: bytes, field: list[str]) -> tuple[str] | str | None:
+    """The text of a record, or why there is none; None for a line that is empty."""
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"no JSON: {error}"
+    return _take_text(record, field)
+
+
+def _take_text(record: Any, field: list[str]) -> tuple[str] | str:
+    """The text that is in ``field``, or why there is none."""
+    for number, name in enumerate(field):
+        if not isinstance(record, dict) or name not in record:
+            return f"no field {'.'.join(field[: number + 1])}"
+        record = record[name]
+    if not isinstance(record, str):
+        return f"field {'.'.join(field)} is no text"
+    try:
+        record.encode()
+    except UnicodeEncodeError:
+        return f"field {'.'.join(field)} has half a surrogate pair"
+    return (record,)
+
+
+def _read_packed(opened: Callable[[Path], IO[bytes]], place: Place, field: list[str]) -> Found:
+    try:
+        with opened(place.path) as file:
+            for number, line in enumerate(file, start=1):
+                found = _read_line(line, field)
+                if isinstance(found, str):
+                    yield Bad(number, found)
+                elif found is not None:
+                    yield found[0]
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{place.path} cannot be unpacked: {error}") from error
+
+
+def _open_zst(path: Path) -> IO[bytes]:
+    opened: IO[bytes] = _load("zstandard").open(path, "rb")
+    return opened
+
+
+def _read_parquet(place: Place, field: list[str]) -> Found:
+    arrow, parquet = _load("pyarrow"), _load("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(place.path) as file:
+            rows = 0
+            for number in range(file.metadata.num_row_groups):
+                group = file.metadata.row_group(number)
+                column = group.column(0)
+                begin = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
+                if place.start <= begin < place.stop:
+                    batches = file.iter_batches(BATCH, row_groups=[number], columns=[".".join(field)])
+                    yield from _read_batches(batches, field, rows)
+                rows += group.num_rows
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{place.path} is no Parquet file: {error}") from error
+
+
+def _read_arrow(place: Place, field: list[str]) -> Found:
+    arrow, ipc = _load("pyarrow"), _load("pyarrow.ipc")
+    try:
+        with arrow.memory_map(str(place.path)) as source, ipc.open_stream(source) as batches:
+            yield from _read_batches(batches, field, 0)
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{place.path} is no stream of Arrow's: {error}") from error
+
+
+def _read_batches(batches: Any, field: list[str], row: int) -> Found:
+    """The rows of ``batches``, of which the first is ``row``."""
+    for batch in batches:
+        column = batch.column(field[0]) if field[0] in batch.schema.names else None
+        for start in range(0, batch.num_rows, BATCH):
+            values = [None] * batch.num_rows if column is None else column.slice(start, BATCH).to_pylist()
+            for value in values[:BATCH]:
+                row += 1
+                found = _take_text({} if column is None else {field[0]: value}, field)
+                yield Bad(row, found) if isinstance(found, str) else found[0]
+
+
+def _load(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        name = module.partition(".")[0]
+        raise ValueError(
+            f"{name} is not installed, and reads files of this kind: pip install 'shoestring[data]'"
+        ) from None
+
+
+READERS: dict[str, Callable[[Place, list[str]], Found]] = {
+    **dict.fromkeys(LINES, _read_lines),
+    ".gz": lambda place, field: _read_packed(gzip.open, place, field),  # type: ignore[arg-type]
+    ".zst": lambda place, field: _read_packed(_open_zst, place, field),
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
