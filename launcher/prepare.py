@@ -21,15 +21,14 @@ def run(config: RunConfig, invocation: Invocation) -> int:
 
     started = perf_counter()
     found = prepare(config.data, thorough=True)
-    corpus = found.index.identity["corpus"]
     text = {split: sum(shard.text_bytes for shard in found.index.splits[split]) for split in SPLITS}
     replaced = sum(shard.replaced for split in SPLITS for shard in found.index.splits[split])
     tokens = {"train": found.train, "held_out": found.held_out}
     for split in SPLITS:
         count = tokens[split].tokens
         print(
-            f"{split:<9} {corpus['documents'][split]:>12,} texts  {text[split] / 1e6:>12,.1f} MB  {count:>16,} tokens  "
-            f"{text[split] / count:.2f} bytes a token"
+            f"{split:<9} {tokens[split].documents:>12,} documents  {text[split] / 1e6:>12,.1f} MB  "
+            f"{count:>16,} tokens  {text[split] / max(1, count):.2f} bytes a token"
         )
     if replaced:
         print(f"{replaced:,} characters are U+FFFD, the sign for bytes that are not UTF-8")

@@ -58,8 +58,8 @@ def test_other_files_move_nothing_across(tmp_path: Path) -> None:
 
 def test_a_larger_share_holds_out_more_of_the_same() -> None:
     names = [f"folder/{i}.py" for i in range(1000)]
-    few = {name for name in names if is_held_out(name, 0.05)}
-    many = {name for name in names if is_held_out(name, 0.2)}
+    few = {name for name in names if is_held_out(name.encode(), 0.05)}
+    many = {name for name in names if is_held_out(name.encode(), 0.2)}
     assert few < many and 25 < len(few) < 80 and 150 < len(many) < 250
 
 

@@ -16,6 +16,7 @@ from training.data import journal, progress
 from training.data.corpus import Source
 from training.data.index import NAME, Index, read_index, write_index
 from training.data.listing import SPLITS, ShardPlan, Survey, choose_width, plan_shards, take_listings
+from training.data.malformed import describe_malformed
 from training.data.pool import make_shards
 from training.data.tokenizer import Tokenizer, pick_dtype
 from training.data.tokens import Shard
@@ -30,6 +31,8 @@ class Job(NamedTuple):
     survey: Survey
     tokenizer: Tokenizer
     eos: str | None  # data.eos
+    field: str  # data.field
+    malformed: str  # data.malformed
     identity: dict[str, Any]  # of the index
     folder: Path
 
@@ -84,6 +87,9 @@ def _finish_shards(job: Job, plans: list[ShardPlan], workers: int, report: Repor
         "tokenizer": job.tokenizer.name,
         "eos": job.eos,
         "sha256": job.tokenizer.sha256,
+        "held_out": job.identity["held_out"],
+        "field": job.field,
+        "malformed": job.malformed,
     }
     left = [plan for plan in plans if plan.file not in present]
     total = sum(job.survey.size.values())
@@ -103,6 +109,8 @@ def _finish_shards(job: Job, plans: list[ShardPlan], workers: int, report: Repor
 
 
 def _commit(job: Job, splits: dict[str, list[Shard]]) -> None:
+    if not any(shard.tokens for shard in splits[SPLITS[0]]):
+        raise ValueError("\n".join(["data.corpus has no text to train on", *describe_malformed(job.folder)]))
     index = Index(
         sources=[str(source.root) for source in job.sources],
         identity=job.identity,

@@ -8,7 +8,8 @@ identity of the text: cheap enough to take at every start, and it changes with a
     shards                           |        0         |      1        |       by where a piece begins
 
 A document up to PIECE bytes is tokenised whole; a longer one piece by piece, cut at line breaks, so no text is too
-long for memory, and many processes share one file. Which piece falls where is arithmetic on sizes alone.
+long for memory, and many processes share one file. Which piece falls where is arithmetic on sizes alone. So it is for
+files of records; one that can only be read from end to end is one piece (training/data/records.py).
 """
 
 import os
@@ -18,19 +19,21 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from training.data.corpus import Document, Source, cut, list_documents
+from training.data.corpus import PACKED, Document, Source, cut, list_documents
 
 PIECE = 1 << 18  # bytes of text tokenised at once: a tokenizer holds up to 200 times that
 NARROWEST = 1 << 20  # bytes of text in a shard, at least
 SPLITS = ("train", "held_out")
+STREAMS = (*PACKED, ".arrow")  # files that are read from end to end
 
 
 class Survey(NamedTuple):
     """What a corpus amounts to."""
 
     digest: str
-    documents: dict[str, int]  # per split
+    documents: dict[str, int]  # per split; a file of records is one
     size: dict[str, int]  # bytes of text per split
+    records: int  # files of them
 
 
 class ShardPlan(NamedTuple):
@@ -84,15 +87,16 @@ def listing_path(folder: Path, split: str) -> Path:
 
 def _survey(sources: tuple[Source, ...], held_out: float, files: Mapping[str, IO[bytes]]) -> Survey:
     digest = blake2b(digest_size=16)
-    documents, size = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    documents, size, records = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
     for split, document in list_documents(sources, held_out):
         row = document.to_row()
         digest.update(split.encode() + row)
         documents[split] += 1
+        records += document.has_records and split == SPLITS[0]
         size[split] += document.stop - document.start
         if files:
             files[split].write(row)
-    return Survey(digest.hexdigest(), documents, size)
+    return Survey(digest.hexdigest(), documents, size, records)
 
 
 def choose_width(size: int) -> int:
@@ -132,7 +136,21 @@ def list_pieces(folder: Path, plan: ShardPlan) -> Iterator[tuple[Document, int]]
 
 def count_pieces(document: Document) -> int:
     """How many pieces a document is tokenised in."""
-    return -(-(document.stop - document.start) // PIECE)
+    return 1 if document.path.endswith(STREAMS) else -(-(document.stop - document.start) // PIECE)
+
+
+def find_piece(document: Document, piece: int) -> range:
+    """The bytes of a piece."""
+    if count_pieces(document) == 1:
+        return range(document.start, document.stop)
+    begin = document.start + piece * PIECE
+    return range(begin, min(begin + PIECE, document.stop))
+
+
+def check_unchanged(path: Path, status: os.stat_result, document: Document) -> None:
+    """Raises ValueError where the file is not what the listing says: it changed in between."""
+    if (status.st_size, status.st_mtime_ns) != (document.size, document.mtime):
+        raise ValueError(f"{path} changed while it was being tokenised: prepare again")
 
 
 def read_piece(file: IO[bytes], document: Document, piece: int) -> str:
@@ -141,9 +159,7 @@ def read_piece(file: IO[bytes], document: Document, piece: int) -> str:
     Raises:
         ValueError: the file is not what the listing says: it changed in between.
     """
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (document.size, document.mtime):
-        raise ValueError(f"{file.name} changed while it was being tokenised: prepare again")
+    check_unchanged(Path(file.name), os.fstat(file.fileno()), document)
     begin, end = (
         cut(file.fileno(), document.start + number * PIECE, document.start, document.stop)
         for number in (piece, piece + 1)

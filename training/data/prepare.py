@@ -21,6 +21,7 @@ from training.data.corpus import find_sources
 from training.data.index import NAME, Index, digest, read_index, verify
 from training.data.job import Job, Report, is_complete, make
 from training.data.listing import PIECE, SPLITS, take_survey
+from training.data.malformed import describe_malformed
 from training.data.tokenizer import Tokenizer, load_tokenizer
 from training.data.tokens import TokenFile
 
@@ -82,6 +83,8 @@ def _make(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Path:
     if not is_complete(job.folder):
         _notice_change(job, report)
         make(job, config.workers or len(os.sched_getaffinity(0)), report)
+        for line in describe_malformed(job.folder):
+            report(line)
     return job.folder
 
 
@@ -96,14 +99,16 @@ def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
                 "single file, which is cut in two"
             )
     identity = {
-        "corpus": survey._asdict(),
+        "corpus": {"digest": survey.digest, "documents": survey.documents, "size": survey.size},
         "held_out": config.held_out,
         "piece": PIECE,
         "tokenizer": _identify(tokenizer),
+        **({"field": config.field} if survey.records else {}),
     }
     words = (Path(config.corpus[0]).stem, Path(tokenizer.name).stem, digest(identity)[:12])
     slug = "-".join(re.sub(r"\W+", "_", word) for word in words)
-    return Job(sources, survey, tokenizer, config.eos, identity, Path(config.folder) / slug)
+    folder = Path(config.folder) / slug
+    return Job(sources, survey, tokenizer, config.eos, config.field, config.malformed.value, identity, folder)
 
 
 def _identify(tokenizer: Tokenizer) -> dict[str, Any]:

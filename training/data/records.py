@@ -12,17 +12,18 @@ is no record, or has no text, is named by its line (or row) and why. Parquet and
 import gzip
 import json
 import mmap
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from training.data.corpus import Document
+from training.data.corpus import LINES
 
-LINES = (".jsonl", ".ndjson")
-PACKED = (".gz", ".zst")
 BATCH = 1024  # rows in memory at once
 COUNTED = 1 << 24  # bytes searched for line ends at once
+CHUNK = 1 << 20  # bytes unpacked at once
 
 
 class Bad(NamedTuple):
@@ -43,23 +44,12 @@ class Place(NamedTuple):
 Found = Iterator[str | Bad]
 
 
-def list_suffixes() -> tuple[str, ...]:
-    """How files of records are called."""
-    return (*LINES, *(line + packed for line in LINES for packed in PACKED), ".parquet", ".arrow")
-
-
-def is_stream(path: str) -> bool:
-    """Whether a file has but one piece."""
-    return path.endswith((*PACKED, ".arrow"))
-
-
-def read_records(root: Path, document: Document, piece: range, field: str) -> Found:
-    """The texts of the records that begin in bytes ``piece`` of a document, a file of ``root``; and what is none.
+def read_records(path: Path, piece: range, field: str) -> Found:
+    """The texts of the records that begin in bytes ``piece`` of a file; and what is none.
 
     Raises:
         ValueError: what reads the format is not installed, or the file is not of it.
     """
-    path = root / document.path
     read = next(read for suffix, read in READERS.items() if path.name.endswith(suffix))
     return read(Place(path, piece.start, piece.stop), field.split("."))
 
@@ -120,22 +110,51 @@ def _take_text(record: Any, field: list[str]) -> tuple[str] | str:
     return (record,)
 
 
-def _read_packed(opened: Callable[[Path], IO[bytes]], place: Place, field: list[str]) -> Found:
+def _read_packed(unpack: Callable[[IO[bytes]], Iterator[bytes]], place: Place, field: list[str]) -> Found:
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    if unpack is _unpack_zst:
+        errors += (_load("zstandard").ZstdError,)
     try:
-        with opened(place.path) as file:
-            for number, line in enumerate(file, start=1):
+        with place.path.open("rb") as file:
+            for number, line in enumerate(_split_lines(unpack(file)), start=1):
                 found = _read_line(line, field)
                 if isinstance(found, str):
                     yield Bad(number, found)
                 elif found is not None:
                     yield found[0]
-    except (OSError, EOFError) as error:
+    except errors as error:
         raise ValueError(f"{place.path} cannot be unpacked: {error}") from error
 
 
-def _open_zst(path: Path) -> IO[bytes]:
-    opened: IO[bytes] = _load("zstandard").open(path, "rb")
-    return opened
+def _unpack_gz(file: IO[bytes]) -> Iterator[bytes]:
+    with gzip.open(file) as content:
+        while chunk := content.read(CHUNK):
+            yield chunk
+
+
+def _unpack_zst(file: IO[bytes]) -> Iterator[bytes]:
+    """Frame after frame."""
+    zst, frame = _load("zstandard"), None
+    while chunk := file.read(CHUNK):
+        while chunk:
+            frame = frame or zst.ZstdDecompressor().decompressobj()
+            yield frame.decompress(chunk)
+            chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
+
+
+def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []  # of the line that goes on
+    for chunk in chunks:
+        first, *rest = chunk.split(b"\n")
+        begun.append(first)
+        if rest:
+            yield b"".join(begun)
+            yield from rest[:-1]
+            begun = [rest[-1]]
+    if any(begun):
+        yield b"".join(begun)
 
 
 def _read_parquet(place: Place, field: list[str]) -> Found:
@@ -188,8 +207,8 @@ def _load(module: str) -> Any:
 
 READERS: dict[str, Callable[[Place, list[str]], Found]] = {
     **dict.fromkeys(LINES, _read_lines),
-    ".gz": lambda place, field: _read_packed(gzip.open, place, field),  # type: ignore[arg-type]
-    ".zst": lambda place, field: _read_packed(_open_zst, place, field),
+    ".gz": partial(_read_packed, _unpack_gz),
+    ".zst": partial(_read_packed, _unpack_zst),
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
