@@ -23,8 +23,8 @@ from time import perf_counter
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from training.config import DataConfig
 from training.data.batches import Batches
+from training.data.config import DataConfig
 from training.data.corpus import find_sources, list_documents
 from training.data.prepare import prepare
 

@@ -4,6 +4,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+class Verify(StrEnum):
+    """What stands before a run of several ranks: a passed proof of its layout, made now where there is none, or not."""
+
+    auto = "auto"
+    require = "require"
+    skip = "skip"
+
+
 class When(StrEnum):
     """When machines are checked."""
 

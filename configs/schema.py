@@ -5,29 +5,21 @@ RunConfig     what the launcher sees  TrainConfig + cluster, network, preflight,
 """
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from configs.cluster import ClusterConfig, Scheduler
 from configs.network import NetworkConfig
-from configs.preflight import PreflightConfig
+from configs.preflight import PreflightConfig, Verify
 from configs.world import check_sizes, fill
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.rules import check_model, check_pipeline, check_tiles
-from training.config import TILES, CheckpointConfig, DataConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
+from training.config import TILES, CheckpointConfig, OptimizerConfig, Precision, ProfileConfig, RunSection
+from training.data.config import DataConfig
 from training.health.config import HealthConfig, TelemetryConfig
 from training.support import check as check_engine
 from training.support import check_overlap, check_splits
 
 BYTES = 264  # ids of the byte tokenizer: 256 bytes, the end of a document, and what rounds them to 33 * 8
-
-
-class Verify(StrEnum):
-    """What stands before a run of several ranks: a passed proof of its layout, made now where there is none, or not."""
-
-    auto = "auto"
-    require = "require"
-    skip = "skip"
 
 
 @dataclass(kw_only=True, slots=True)

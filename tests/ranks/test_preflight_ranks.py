@@ -23,7 +23,8 @@ from configs.schema import RunConfig
 from launcher.discover import Rank
 from launcher.preflight.check import open_preflight
 from launcher.preflight.unfit import UnfitError
-from training.config import CheckpointConfig, DataConfig, OptimizerConfig, RunSection
+from training.config import CheckpointConfig, OptimizerConfig, RunSection
+from training.data.config import DataConfig
 
 WORLD = 4
 SLOW = 20.0  # these machines share two processors: only what is much slower is slow

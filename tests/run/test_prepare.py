@@ -242,7 +242,7 @@ def test_mistakes_are_named(tmp_path: Path, overrides: list[str], said: str) -> 
 
 MEASURE = """
 import resource, sys
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.prepare import prepare
 prepare(DataConfig(sequence_length=128, corpus=("book.txt",), workers=1))
 assert "torch" not in sys.modules

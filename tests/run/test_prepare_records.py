@@ -57,7 +57,9 @@ def test_every_record_is_a_document_once(place: Path) -> None:
 
 def test_malformed_records_are_all_kept_by_name(place: Path) -> None:
     folder, _ = open_index(place)
-    rows = [json.loads(line) for path in sorted(folder.glob("*.malformed.jsonl")) for line in path.read_text().splitlines()]
+    rows = [
+        json.loads(line) for path in sorted(folder.glob("*.malformed.jsonl")) for line in path.read_text().splitlines()
+    ]
     where = {(Path(row["file"]).name, row["line"]): row["why"] for row in rows}
     assert where.pop(("a.jsonl", 3001)).startswith("no JSON: ")
     assert where == {

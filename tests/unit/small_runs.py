@@ -8,7 +8,8 @@ from small_models import make_config
 
 from configs.schema import TrainConfig
 from model.config import ModelConfig
-from training.config import DataConfig, OptimizerConfig, Precision, RunSection, SamplingConfig
+from training.config import OptimizerConfig, Precision, RunSection, SamplingConfig
+from training.data.config import DataConfig
 from training.setup import Setup, set_up
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "naïve", "wizards", "box")

@@ -14,7 +14,8 @@ from configs.schema import RunConfig
 from launcher.discover import PORTS, Backend, Rank, choose_port, count_tasks, discover, name_first
 from launcher.ranks import arrange_ranks, describe, differ, identify
 from parallel.config import ParallelConfig
-from training.config import DataConfig, OptimizerConfig, RunSection
+from training.config import OptimizerConfig, RunSection
+from training.data.config import DataConfig
 
 TORCHRUN = {
     "RANK": "5",

@@ -15,11 +15,22 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("configs", "launcher", "model", "parallel", "planner", "training")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 # Loaded inside the function that needs them: they cost seconds, or are not there.
-LAZY = {"deepspeed", "fsspec", "mpi4py", "transformers", "triton", "wandb", "tensorboard", "pynvml"}
+LAZY = {
+    "deepspeed",
+    "fsspec",
+    "mpi4py",
+    "transformers",
+    "triton",
+    "wandb",
+    "tensorboard",
+    "pynvml",
+    "pyarrow",
+    "zstandard",
+}
 PURE = {
     "configs", "model.config", "model.count", "parallel.config", "parallel.pipeline.action",
     "parallel.pipeline.schedules", "parallel.pipeline.stages", "parallel.placement", "parallel.rules",
-    "parallel.topology", "training.config", "training.footprint", "training.health.config", "training.ramp",
+    "parallel.topology", "training.config", "training.data.config", "training.footprint", "training.health.config", "training.ramp",
     "training.support", "training.timeline",
 }  # fmt: skip
 # Data and rules about ranks: the standard library, numpy where it pays.

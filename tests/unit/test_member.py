@@ -13,7 +13,8 @@ from launcher.agreement import agree
 from launcher.discover import Rank
 from launcher.gate import UnprovedError
 from parallel.topology import Topology
-from training.config import CheckpointConfig, DataConfig, OptimizerConfig, RunSection
+from training.config import CheckpointConfig, OptimizerConfig, RunSection
+from training.data.config import DataConfig
 
 
 def meet(make: Callable[[Topology], Path], here: tuple[int, int] = (2, 2), near_every: int = 0) -> list[Future[Path]]:

@@ -25,7 +25,8 @@ from launcher.preflight.judge import (
 from launcher.preflight.network import join_groups, join_links
 from launcher.preflight.report import show_findings
 from launcher.preflight.verdict import Scale, reach
-from training.config import CheckpointConfig, DataConfig, OptimizerConfig, RunSection
+from training.config import CheckpointConfig, OptimizerConfig, RunSection
+from training.data.config import DataConfig
 
 NODES = [f"n{n}" for n in range(6)]
 SCALE = Scale(world=24, here=4, kind="cuda")

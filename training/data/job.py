@@ -16,7 +16,6 @@ from training.data import journal, progress
 from training.data.corpus import Source
 from training.data.index import NAME, Index, read_index, write_index
 from training.data.listing import SPLITS, ShardPlan, Survey, choose_width, plan_shards, take_listings
-from training.data.malformed import describe_malformed
 from training.data.pool import make_shards
 from training.data.tokenizer import Tokenizer, pick_dtype
 from training.data.tokens import Shard
@@ -44,8 +43,8 @@ def is_complete(folder: Path) -> bool:
     return all((folder / shard.file).exists() for rows in read_index(folder).splits.values() for shard in rows)
 
 
-def make(job: Job, workers: int, report: Report) -> None:
-    """Makes or finishes ``job.folder``; two processes that want the same one take turns.
+def make(job: Job, workers: int | None, report: Report) -> None:
+    """Makes or finishes ``job.folder`` by so many processes; two that want the same one take turns.
 
     Raises:
         ValueError: a text changed on the way, or a shard made again differs from the one that the index describes.
@@ -75,7 +74,7 @@ def _lock(folder: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _finish_shards(job: Job, plans: list[ShardPlan], workers: int, report: Report) -> dict[str, Shard]:
+def _finish_shards(job: Job, plans: list[ShardPlan], workers: int | None, report: Report) -> dict[str, Shard]:
     """Makes the shards that are not there yet; returns all of them by file name."""
     rows = journal.read_journal(job.folder)
     if (job.folder / NAME).exists():
@@ -110,7 +109,7 @@ def _finish_shards(job: Job, plans: list[ShardPlan], workers: int, report: Repor
 
 def _commit(job: Job, splits: dict[str, list[Shard]]) -> None:
     if not any(shard.tokens for shard in splits[SPLITS[0]]):
-        raise ValueError("\n".join(["data.corpus has no text to train on", *describe_malformed(job.folder)]))
+        raise ValueError("data.corpus has no text to train on")
     index = Index(
         sources=[str(source.root) for source in job.sources],
         identity=job.identity,

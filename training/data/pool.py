@@ -18,13 +18,14 @@ Worker = subprocess.Popen[str]
 Mailbox = SimpleQueue[tuple[Worker, dict[str, Any] | None]]
 
 
-def make_shards(setup: dict[str, Any], plans: Sequence[ShardPlan], workers: int) -> Generator[dict[str, Any]]:
-    """Has ``plans`` made by up to ``workers`` processes; yields their messages (``training/data/worker.py``) as they
-    come. Closing the iterator ends the processes.
+def make_shards(setup: dict[str, Any], plans: Sequence[ShardPlan], workers: int | None) -> Generator[dict[str, Any]]:
+    """Has ``plans`` made by up to ``workers`` processes, or one for each core; yields their messages as they come
+    (training/data/worker.py). Closing the iterator ends the processes.
 
     Raises:
         ValueError: a worker met a mistake that the user can mend, or died.
     """
+    workers = workers or len(os.sched_getaffinity(0))
     mailbox: Mailbox = SimpleQueue()
     waiting = (plan._asdict() for plan in plans)
     crew: list[Worker] = []

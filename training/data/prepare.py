@@ -10,13 +10,12 @@ The identity holds the digests of the listing and of the tokenizer, so a changed
 another folder: neither is ever taken for what it was. No torch is loaded.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import DataConfig
+from training.data.config import DataConfig
 from training.data.corpus import find_sources
 from training.data.index import NAME, Index, digest, read_index, verify
 from training.data.job import Job, Report, is_complete, make
@@ -82,9 +81,11 @@ def _make(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Path:
     job = _plan_job(config, tokenizer)
     if not is_complete(job.folder):
         _notice_change(job, report)
-        make(job, config.workers or len(os.sched_getaffinity(0)), report)
-        for line in describe_malformed(job.folder):
-            report(line)
+        try:
+            make(job, config.workers, report)
+        finally:
+            for line in describe_malformed(job.folder):
+                report(line)
     return job.folder
 
 
