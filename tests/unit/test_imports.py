@@ -29,9 +29,9 @@ LAZY = {
 }
 PURE = {
     "configs", "model.config", "model.count", "model.families", "model.upcycle_config", "parallel.config",
-    "parallel.pipeline.action", "parallel.pipeline.schedules", "parallel.pipeline.stages", "parallel.placement", "parallel.rules",
-    "parallel.topology", "training.config", "training.data.config", "training.footprint", "training.health.config",
-    "training.ramp", "training.support", "training.timeline",
+    "parallel.pipeline.action", "parallel.pipeline.schedules", "parallel.pipeline.stages", "parallel.placement",
+    "parallel.rules", "parallel.topology", "training.config", "training.data.config", "training.footprint",
+    "training.health.config", "training.ramp", "training.support", "training.timeline",
 }  # fmt: skip
 # Data and rules about ranks: the standard library, numpy where it pays.
 PLAIN = (
