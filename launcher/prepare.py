@@ -21,21 +21,21 @@ def run(config: RunConfig, invocation: Invocation) -> int:
 
     started = perf_counter()
     found = prepare(config.data, thorough=True)
-    text = {split: sum(shard.text_bytes for shard in found.index.splits[split]) for split in SPLITS}
-    replaced = sum(shard.replaced for split in SPLITS for shard in found.index.splits[split])
+    shards = {split: found.shards.get(split, []) for split in SPLITS}
+    text = {split: sum(shard.text_bytes for shard in shards[split]) for split in SPLITS}
+    replaced = sum(shard.replaced for split in SPLITS for shard in shards[split])
     tokens = {"train": found.train, "held_out": found.held_out}
     for split in SPLITS:
-        count = tokens[split].tokens
-        print(
-            f"{split:<9} {tokens[split].documents:>12,} documents  {text[split] / 1e6:>12,.1f} MB  "
-            f"{count:>16,} tokens  {text[split] / max(1, count):.2f} bytes a token"
-        )
+        count, size = tokens[split].tokens, f"{text[split] / 1e6:>12,.1f} MB  " if found.shards else ""
+        words = f"  {text[split] / max(1, count):.2f} bytes a token" if found.shards else ""
+        print(f"{split:<9} {tokens[split].documents:>12,} documents  {size}{count:>16,} tokens{words}")
     if replaced:
         print(f"{replaced:,} characters are U+FFFD, the sign for bytes that are not UTF-8")
     print(f"tokenizer {found.tokenizer.name}, vocabulary {found.tokenizer.vocab_size:,}")
-    print(
-        f"checked   {found.verified / 1e6:,.1f} MB in {sum(map(len, found.index.splits.values())):,} files: all whole"
-    )
+    if found.shards:
+        print(f"checked   {found.verified / 1e6:,.1f} MB in {sum(map(len, shards.values())):,} files: all whole")
+    else:
+        print(f"checked   {found.verified / 1e6:,.1f} MB, read where they are: all tokens are of that vocabulary")
     print(f"{found.folder} is ready after {perf_counter() - started:.1f} s")
     return 0
 

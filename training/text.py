@@ -9,7 +9,7 @@ from training.agree import wait_for_all
 from training.data.batches import Batches
 from training.data.prepare import prepare
 from training.data.tokenizer import Tokenizer, check_vocabulary
-from training.data.tokens import TokenFile
+from training.data.tokens import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
     train = _pack(config, data.train, config.data.seed)
     # Its order has a seed of its own: runs with different seeds are measured on the same labels.
     held_out = _pack(config, data.held_out, seed=0)
-    return Text(data.tokenizer, train, held_out, data.index.digest)
+    return Text(data.tokenizer, train, held_out, data.digest)
 
 
 def open_shared_text(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Text:
@@ -42,7 +42,7 @@ def open_shared_text(config: TrainConfig, report: Callable[[str], None], mesh: M
     return text or open_text(replace(config, data=replace(config.data, verify_gigabytes=0.0)), report)
 
 
-def _pack(config: TrainConfig, tokens: TokenFile, seed: int) -> Batches:
+def _pack(config: TrainConfig, tokens: Row, seed: int) -> Batches:
     return Batches(
         tokens,
         sequence_length=config.data.sequence_length,

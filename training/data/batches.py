@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.batch import Batch
 from training.data.shuffle import permute
-from training.data.tokens import TokenFile
+from training.data.tokens import Row
 
 
 class Batches:
@@ -29,7 +29,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: TokenFile,
+        tokens: Row,
         *,
         sequence_length: int,
         lookahead: int = 1,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.batches import Batches
-from training.data.tokens import TokenFile
+from training.data.tokens import Row
 
 LARGEST = 4096  # vocabulary: the table of counts has its square, 128 MB
 CHUNK = 1 << 22  # tokens counted at once
@@ -19,7 +19,7 @@ Counts = NDArray[np.int64]  # [V * V]: n_ab at a * V + b
 
 
 def bigram_loss(
-    train: TokenFile, held_out: Batches, vocab_size: int, sequences: int | None = None, limit: int = 1 << 28
+    train: Row, held_out: Batches, vocab_size: int, sequences: int | None = None, limit: int = 1 << 28
 ) -> float:
     """Mean cross entropy in nats of a bigram model, over the counted next-token labels of the first ``sequences``
     positions of ``held_out`` (None: a whole epoch). It is fitted to the first ``limit`` tokens of ``train``.
@@ -43,7 +43,7 @@ def bigram_loss(
     return min(losses)
 
 
-def count_text(tokens: TokenFile, vocab_size: int, limit: int) -> Counts:
+def count_text(tokens: Row, vocab_size: int, limit: int) -> Counts:
     """How often each pair of tokens follow each other in the first ``limit`` tokens, documents run together."""
     counts = np.zeros(vocab_size**2, np.int64)
     stop = min(limit, tokens.tokens)

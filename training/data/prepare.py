@@ -13,16 +13,16 @@ another folder: neither is ever taken for what it was. No torch is loaded.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from training.data.config import DataConfig
 from training.data.corpus import find_sources
-from training.data.index import NAME, Index, digest, read_index, verify
+from training.data.index import NAME, digest, read_index, verify
 from training.data.job import Job, Report, is_complete, make
 from training.data.listing import PIECE, SPLITS, take_survey
 from training.data.malformed import describe_malformed
+from training.data.megatron import is_megatron, open_megatron
 from training.data.tokenizer import Tokenizer, load_tokenizer
-from training.data.tokens import TokenFile
+from training.data.tokens import Row, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,11 @@ class Prepared:
     """Token files, verified and open."""
 
     folder: Path
-    index: Index  # index.digest names the data in a run's record
+    digest: str  # names the data in a run's record
     tokenizer: Tokenizer
-    train: TokenFile
-    held_out: TokenFile
+    train: Row
+    held_out: Row
+    shards: dict[str, list[Shard]]  # of each split; none of files that somebody else made
     verified: int  # bytes whose checksums were read
 
 
@@ -47,6 +48,8 @@ def prepare(config: DataConfig, report: Report = print, thorough: bool = False) 
         ValueError: a mistake in ``config``, a text that changed on the way, or a damaged file, by name.
     """
     tokenizer = load_tokenizer(config.tokenizer, config.eos)
+    if any(map(is_megatron, config.corpus)):
+        return _open_theirs(config, tokenizer, thorough)
     folder = _find_prepared(config, tokenizer)
     if folder is None:
         try:
@@ -56,7 +59,18 @@ def prepare(config: DataConfig, report: Report = print, thorough: bool = False) 
     index = read_index(folder)
     verified = verify(folder, index, float("inf") if thorough else config.verify_gigabytes * 1e9)
     train, held_out = (index.open(folder, split) for split in SPLITS)
-    return Prepared(folder, index, tokenizer, train, held_out, verified)
+    return Prepared(folder, index.digest, tokenizer, train, held_out, index.splits, verified)
+
+
+def _open_theirs(config: DataConfig, tokenizer: Tokenizer, thorough: bool) -> Prepared:
+    """data.corpus may be token files that Megatron made."""
+    name = config.corpus[0]
+    if len(config.corpus) > 1:
+        raise ValueError(f"data.corpus={','.join(config.corpus)} must be one pair of Megatron's files, or other texts")
+    splits, digest = open_megatron(name, config.held_out, tokenizer.eos)
+    most = float("inf") if thorough else config.verify_gigabytes * 1e9 / len(SPLITS)
+    verified = sum(split.check(tokenizer.vocab_size, most) for split in splits.values())
+    return Prepared(Path(name).parent, digest, tokenizer, splits["train"], splits["held_out"], {}, verified)
 
 
 def _find_prepared(config: DataConfig, tokenizer: Tokenizer) -> Path | None:
@@ -112,7 +126,7 @@ def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
     return Job(sources, survey, tokenizer, config.eos, config.field, config.malformed.value, identity, folder)
 
 
-def _identify(tokenizer: Tokenizer) -> dict[str, Any]:
+def _identify(tokenizer: Tokenizer) -> dict[str, str]:
     return {"name": Path(tokenizer.name).name, "sha256": tokenizer.sha256}
 
 

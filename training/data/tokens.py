@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,14 +80,29 @@ class ShardWriter:
         self._crc = zlib.crc32(content, self._crc)
 
 
-class TokenFile:
-    """The tokens of one split, memory-mapped as they are touched.
+class Row(Protocol):
+    """The tokens of one split, one document after the other.
 
     Attributes:
+        folder: where they lie.
         tokens: how many there are.
         documents: how many there are.
         eos: the token that ends each document.
     """
+
+    folder: Path
+    tokens: int
+    documents: int
+    eos: int
+
+    def read(self, start: int, stop: int) -> tuple[Tokens, NDArray[np.int64]]:
+        """Tokens ``start`` to ``stop`` (at most ``self.tokens``), [stop - start], and which of them, counted from
+        ``start``, are the first of a document, ascending."""
+        ...
+
+
+class TokenFile:
+    """A ``Row`` of shards, memory-mapped as they are touched."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype[Any], eos: int) -> None:
         self.folder = folder
@@ -100,8 +115,7 @@ class TokenFile:
         self._maps: dict[int, tuple[Tokens, NDArray[np.uint64]]] = {}
 
     def read(self, start: int, stop: int) -> tuple[Tokens, NDArray[np.int64]]:
-        """Tokens ``start`` to ``stop`` (at most ``self.tokens``), [stop - start], and which of them, counted from
-        ``start``, are the first of a document, ascending."""
+        """See ``Row``."""
         assert 0 <= start <= stop <= self.tokens
         number = int(np.searchsorted(self._ends, start, side="right"))
         rows, firsts = [np.zeros(0, self.dtype)], [np.zeros(0, np.int64)]
