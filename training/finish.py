@@ -75,11 +75,11 @@ def finish(setup: Setup, record: Record, outcome: Outcome, gauge: view.Gauge, le
 
 
 def measure_bigram(setup: Setup) -> float:
-    """The loss of a bigram model on the labels that ``evaluate`` reads; NaN where its table would be too large."""
-    vocabulary = setup.text.tokenizer.vocab_size
-    if vocabulary > bigram.LARGEST:
+    """The loss of a bigram model on the labels that ``evaluate`` reads; NaN of a mixture, and for a table too large."""
+    vocabulary, row = setup.text.tokenizer.vocab_size, setup.text.row
+    if vocabulary > bigram.LARGEST or row is None:
         return math.nan
-    return bigram.bigram_loss(setup.text.train.tokens, setup.text.held_out, vocabulary, count_sequences(setup))
+    return bigram.bigram_loss(row, setup.text.held_out, vocabulary, count_sequences(setup))
 
 
 def write_sample(setup: Setup, folder: Path) -> str:

@@ -7,9 +7,13 @@ from configs.schema import TrainConfig
 from parallel.mesh import Mesh
 from training.agree import wait_for_all
 from training.data.batches import Batches
+from training.data.config import parse_weights
+from training.data.index import digest
+from training.data.mixture import Mixture, Sequences
 from training.data.prepare import prepare
 from training.data.tokenizer import Tokenizer, check_vocabulary
 from training.data.tokens import Row
+from training.ramp import schedule_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +21,10 @@ class Text:
     """What a model is trained on and measured with."""
 
     tokenizer: Tokenizer
-    train: Batches  # shuffled
-    held_out: Batches  # shuffled too, so that the first few sequences are a fair sample of all files
+    train: Sequences  # shuffled
+    held_out: Sequences  # shuffled too, so that the first few sequences are a fair sample of all files
     digest: str  # names the data in the record
+    row: Row | None = None  # what ``train`` is made of, but of a mixture
 
 
 def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
@@ -27,12 +32,14 @@ def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
 
     Raises ValueError for damaged token files and for a tokenizer with more tokens than the model.
     """
+    if config.data.mixture:
+        return _mix(config, report)
     data = prepare(config.data, report)
     check_vocabulary(data.tokenizer, config.model.vocab_size)
     train = _pack(config, data.train, config.data.seed)
     # Its order has a seed of its own: runs with different seeds are measured on the same labels.
     held_out = _pack(config, data.held_out, seed=0)
-    return Text(data.tokenizer, train, held_out, data.digest)
+    return Text(data.tokenizer, train, held_out, data.digest, data.train)
 
 
 def open_shared_text(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Text:
@@ -40,6 +47,22 @@ def open_shared_text(config: TrainConfig, report: Callable[[str], None], mesh: M
     text = open_text(config, report) if mesh.rank == 0 else None
     wait_for_all(mesh)
     return text or open_text(replace(config, data=replace(config.data, verify_gigabytes=0.0)), report)
+
+
+def _mix(config: TrainConfig, report: Callable[[str], None]) -> Text:
+    """``open_text`` of several corpora. What is held out is mixed as the run ends."""
+    weights = parse_weights(config.data.mixture)
+    parts = {name: prepare(replace(config.data, corpus=(name,), mixture={}), report) for name in weights}
+    tokenizer = next(iter(parts.values())).tokenizer
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    total, seed = schedule_batches(config.run, config.data.sequence_length).before(config.run.steps), config.data.seed
+    train = Mixture([_pack(config, part.train, seed) for part in parts.values()], [*weights.values()], total, seed)
+    for name, words in zip(parts, train.describe(total), strict=True):
+        report(f"of the run {words} are {name}")
+    ends = [[(0.0, knots[-1][1])] for knots in weights.values()]
+    count = config.run.eval_tokens // config.data.sequence_length
+    held_out = Mixture([_pack(config, part.held_out, 0) for part in parts.values()], ends, count, 0)
+    return Text(tokenizer, train, held_out, digest([[part.digest for part in parts.values()], [*weights.items()]]))
 
 
 def _pack(config: TrainConfig, tokens: Row, seed: int) -> Batches:

@@ -8,7 +8,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.batches import Batches
+from training.data.mixture import Sequences
 from training.data.tokens import Row
 
 LARGEST = 4096  # vocabulary: the table of counts has its square, 128 MB
@@ -19,7 +19,7 @@ Counts = NDArray[np.int64]  # [V * V]: n_ab at a * V + b
 
 
 def bigram_loss(
-    train: Row, held_out: Batches, vocab_size: int, sequences: int | None = None, limit: int = 1 << 28
+    train: Row, held_out: Sequences, vocab_size: int, sequences: int | None = None, limit: int = 1 << 28
 ) -> float:
     """Mean cross entropy in nats of a bigram model, over the counted next-token labels of the first ``sequences``
     positions of ``held_out`` (None: a whole epoch). It is fitted to the first ``limit`` tokens of ``train``.
@@ -53,7 +53,7 @@ def count_text(tokens: Row, vocab_size: int, limit: int) -> Counts:
     return counts
 
 
-def count_labels(batches: Batches, vocab_size: int, sequences: int) -> Counts:
+def count_labels(batches: Sequences, vocab_size: int, sequences: int) -> Counts:
     """How often each pair (input, counted next-token label) comes up in the first ``sequences`` positions."""
     counts = np.zeros(vocab_size**2, np.int64)
     length = batches.sequence_length

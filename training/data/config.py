@@ -1,7 +1,12 @@
 """Configuration of the text that a run trains on. Standard library only."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+
+STDLIB = "stdlib"
+Knots = list[tuple[float, float]]  # share of the run, weight
 
 
 class Malformed(StrEnum):
@@ -16,7 +21,10 @@ class DataConfig:
     """Text, its tokens and their packing into sequences."""
 
     sequence_length: int
-    corpus: tuple[str, ...] = ("stdlib",)  # "stdlib": the running Python's source; else text files or folders
+    corpus: tuple[str, ...] = (STDLIB,)  # "stdlib": the running Python's source; else text files or folders
+    mixture: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # instead of corpus: {web: 0.7, code: '0.3 0.8:0.3 1:0.6'}
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
     eos: str | None = None  # the tokenizer's token that ends a document; null: what it says, or a usual name
     folder: str = "data"  # token files live here, one folder per (corpus, tokenizer)
@@ -33,6 +41,11 @@ class DataConfig:
             raise ValueError(f"data.sequence_length={self.sequence_length} must be at least 1")
         if not self.corpus:
             raise ValueError("data.corpus=() must name a text: stdlib, files or folders")
+        if self.mixture and self.corpus != (STDLIB,):
+            raise ValueError(
+                f"data.corpus={','.join(self.corpus)} must be left out with data.mixture, which names corpora too"
+            )
+        parse_weights(self.mixture)
         if not all(self.field.split(".")):
             raise ValueError(f"data.field={self.field} must be a name, or names with dots between them")
         if not 0 < self.held_out < 1:
@@ -41,3 +54,28 @@ class DataConfig:
             raise ValueError(f"data.workers={self.workers} must be at least 1 (null: all cores)")
         if not self.verify_gigabytes >= 0:
             raise ValueError(f"data.verify_gigabytes={self.verify_gigabytes} must not be negative")
+
+
+def parse_weights(mixture: Mapping[str, str]) -> dict[str, Knots]:
+    """The weights of each corpus: where in the run, and which. ValueError, by name, for what is none."""
+    found: dict[str, Knots] = {}
+    for name, text in mixture.items():
+        try:
+            first, *rest = str(text).split()
+            knots = [(0.0, float(first)), *(_parse_knot(word) for word in rest)]
+        except ValueError:
+            knots = []
+        shares = [share for share, _ in knots]
+        good = all(0 <= weight < float("inf") for _, weight in knots) and shares == sorted(set(shares))
+        if not knots or not good or shares[-1] > 1:
+            raise ValueError(
+                f"data.mixture.{name}={text} must be a weight, or a weight and then share:weight, shares of the run "
+                "ascending from above 0 to 1: '0.7 0.8:0.7 1:0.2'"
+            )
+        found[name] = knots
+    return found
+
+
+def _parse_knot(word: str) -> tuple[float, float]:
+    share, _, weight = word.partition(":")
+    return float(share), float(weight)

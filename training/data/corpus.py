@@ -20,12 +20,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
+from training.data.config import STDLIB
+
 SUFFIXES = (".md", ".py", ".rst", ".text", ".txt")  # what is text in a folder; a file named itself always is
 LINES = (".jsonl", ".ndjson")
 PACKED = (".gz", ".zst")
 RECORDS = (*LINES, *(line + packed for line in LINES for packed in PACKED), ".parquet", ".arrow")
 MADE = "train.documents.jsonl"  # in a folder that `prepare` made, and that is no text
-STDLIB = "stdlib"
 NOT_STDLIB = ("site-packages", "dist-packages")  # installed later, below the standard library's folder
 WINDOW = 1 << 16  # bytes searched for a line break to cut at
 

@@ -66,7 +66,9 @@ def _open_theirs(config: DataConfig, tokenizer: Tokenizer, thorough: bool) -> Pr
     """data.corpus may be token files that Megatron made."""
     name = config.corpus[0]
     if len(config.corpus) > 1:
-        raise ValueError(f"data.corpus={','.join(config.corpus)} must be one pair of Megatron's files, or other texts")
+        raise ValueError(
+            f"data.corpus={','.join(config.corpus)} must be one pair of Megatron's files; several are a data.mixture"
+        )
     splits, digest = open_megatron(name, config.held_out, tokenizer.eos)
     most = float("inf") if thorough else config.verify_gigabytes * 1e9 / len(SPLITS)
     verified = sum(split.check(tokenizer.vocab_size, most) for split in splits.values())
