@@ -70,8 +70,9 @@ class AttentionSegment(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, core: Core) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.kind = config.attention.kind
-        self.add_module(self.kind, ATTENTION[self.kind](config, layer, core))
+        kind = config.attention.kind
+        self.kind = kind.value
+        self.add_module(self.kind, ATTENTION[kind](config, layer, core))
         self.mlp_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.router = Router(config) if config.is_moe(layer) else None
         self.run = runner(config)
@@ -81,7 +82,7 @@ class AttentionSegment(nn.Module):
 
     def body(self, x: Tensor, context: Context) -> Attended:
         """What recomputation repeats."""
-        residual = x + self.get_submodule(self.kind)(self.norm(x), context)
+        residual = x + getattr(self, self.kind)(self.norm(x), context)
         normed = self.mlp_norm(residual)
         return Attended(residual, normed, self.router(normed) if self.router is not None else None)
 

@@ -8,9 +8,8 @@ from parallel.mesh import Mesh
 from training.agree import wait_for_all
 from training.data.batches import Batches
 from training.data.config import parse_weights
-from training.data.index import digest
 from training.data.mixture import Mixture, Sequences
-from training.data.prepare import prepare
+from training.data.prepare import digest, prepare
 from training.data.tokenizer import Tokenizer, check_vocabulary
 from training.data.tokens import Row
 from training.ramp import schedule_batches

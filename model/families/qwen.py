@@ -11,7 +11,8 @@ KEYS = FIXED | {"use_sliding_window": (False,)}
 
 
 def _read_moe(values: Values) -> Values:
-    return read_heads({"mlp_only_layers": []} | values)
+    # What transformers calls it when it writes.
+    return read_heads({"mlp_only_layers": [], "num_experts": values.get("num_local_experts")} | values)
 
 
 def _write_moe(values: Values, config: ModelConfig) -> Values:

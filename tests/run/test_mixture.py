@@ -1,6 +1,8 @@
 """A run on several corpora: what it trains on, that two ranks read the same, and that it goes on where it was."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def test_a_run_on_a_mixture(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert " epochs of " in said and " are web\n" in said and " are code.jsonl\n" in said
     assert "bigram" not in said and len(rows(place, "whole")) == 5
-    assert main(["train", *WORDS, MIXTURE, "run.id=two", "parallel.dp=2", "run.threads=1"]) == 0
+    command = [sys.executable, "-m", "launcher.train", *WORDS, MIXTURE, "run.id=two", "parallel.dp=2", "run.threads=1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
     for one, two in zip(rows(place, "whole"), rows(place, "two"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
     # Other weights are another text.

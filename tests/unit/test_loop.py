@@ -71,7 +71,7 @@ def test_a_run_learns_and_leaves_its_things(text: Path, tmp_path: Path, capsys: 
     (end,) = read(tmp_path / "metrics.jsonl", "end")
     assert end["ending"] == "finished" and end["cost"] >= end["seconds"] / 3.6 > 0
     (attempt,) = ledger.read(tmp_path)
-    assert attempt.ending == "finished" and end["cost"] == (attempt.end - attempt.begin) / 3.6e9
+    assert attempt.ending == "finished" and end["cost"] == pytest.approx((attempt.end - attempt.begin) / 3.6e9)
     assert sum(attempt.parts.values()) == attempt.end - attempt.begin and min(attempt.parts.values()) >= 0
     assert attempt.parts["useful"] > attempt.parts["evaluation"] > 0 == attempt.parts["recomputed"]
     sample = (tmp_path / "sample.txt").read_text()

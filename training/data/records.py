@@ -163,13 +163,13 @@ def _read_parquet(place: Place, field: list[str]) -> Found:
         with parquet.ParquetFile(place.path) as file:
             rows = 0
             for number in range(file.metadata.num_row_groups):
-                group = file.metadata.row_group(number)
-                column = group.column(0)
+                about = file.metadata.row_group(number)
+                column = about.column(0)
                 begin = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
                 if place.start <= begin < place.stop:
                     batches = file.iter_batches(BATCH, row_groups=[number], columns=[".".join(field)])
                     yield from _read_batches(batches, field, rows)
-                rows += group.num_rows
+                rows += about.num_rows
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{place.path} is no Parquet file: {error}") from error
 
