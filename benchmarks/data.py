@@ -3,6 +3,8 @@
     loader       tokens/s of Batches.read, over what a model consumes (--need)
     tokenising   MB/s of `prepare`, over `tokenizers` alone on the same texts in memory, on one core and on
     all
+    records      the same of the texts as JSONL, in one file
+    starting     seconds until a set of a billion tokens, of files of zeros that take no room, gives its first batch
 
 The text is a part of the standard library's source (--megabytes), the tokenizer a byte-level BPE of 8192 tokens
 trained on it first. `prepare` also starts its processes, reads the files, writes, syncs and verifies the token files.
@@ -11,7 +13,11 @@ trained on it first. `prepare` also starts its processes, reads the files, write
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,13 +26,17 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from training.data.batches import Batches
 from training.data.config import DataConfig
 from training.data.corpus import find_sources, list_documents
+from training.data.index import Index, write_index
 from training.data.prepare import prepare
+from training.data.tokenizer import load_tokenizer
+from training.data.tokens import Shard
 
 SHAPES = ((8, 256), (2, 1024), (8, 4096))  # sequences, length
 READS = 200
@@ -46,6 +56,7 @@ def main() -> None:
         train_tokenizer(texts, Path(scratch) / "tokenizer.json")
         compare_loading(Path(scratch), options.need, options.rounds)
         compare_tokenising(Path(scratch), texts, options.rounds)
+        time_start(Path(scratch), options.rounds)
 
 
 def gather(folder: Path, limit: float) -> list[str]:
@@ -121,30 +132,96 @@ def compare_tokenising(scratch: Path, texts: list[str], rounds: int) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
         tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
-    def ours(name: str, workers: int) -> None:
+    def ours(name: str, workers: int, kind: str = "text") -> None:
         rmtree(scratch / "data", ignore_errors=True)
-        prepare(configure(scratch, name, workers), report=lambda line: None)
+        prepare(configure(scratch, name, workers, kind), report=lambda line: None)
 
     variants: dict[str, Callable[[], object]] = {}
+    write_records(scratch / "records" / "all.jsonl", texts)
     for workers in sorted({1, cores}):
         variants[f"tokenizers alone, {workers} cores"] = partial(alone, workers)
         variants[f"prepare, {workers} cores"] = partial(ours, path, workers)
         variants[f"prepare bytes, {workers} cores"] = partial(ours, "bytes", workers)
+        variants[f"records, {workers} cores"] = partial(ours, path, workers, "records")
     seconds = interleave(rounds, variants)
     for workers in sorted({1, cores}):
         reference = seconds[f"tokenizers alone, {workers} cores"]
-        made = seconds[f"prepare, {workers} cores"]
+        made, records = (seconds[f"{what}, {workers} cores"] for what in ("prepare", "records"))
+        bytes_alone = size / seconds[f"prepare bytes, {workers} cores"]
         print(
             f"tokenising on {workers} cores: prepare {size / made:.2f} MB/s, tokenizers alone {size / reference:.2f} "
-            f"MB/s: {reference / made:.2f}x;  bytes {size / seconds[f'prepare bytes, {workers} cores']:.1f} MB/s"
+            f"MB/s: {reference / made:.2f}x;  of JSONL {reference / records:.2f}x;  bytes {bytes_alone:.1f} MB/s"
         )
 
 
-def configure(scratch: Path, tokenizer: str, workers: int) -> DataConfig:
+def write_records(path: Path, texts: list[str]) -> None:
+    """A file of a record a line."""
+    path.parent.mkdir()
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+START = """
+import sys
+from time import perf_counter
+started = perf_counter()
+from training.data.batches import Batches
+from training.data.config import DataConfig
+from training.data.prepare import prepare
+found = prepare(DataConfig(sequence_length=4096, corpus=(sys.argv[1],), verify_gigabytes=float(sys.argv[2])))
+Batches(found.train, sequence_length=4096, lookahead=2, mask_documents=True).read(0, 8)
+print(perf_counter() - started)
+"""
+
+
+def time_start(scratch: Path, rounds: int) -> None:
+    """Prints seconds from a new process to the first batch of a billion tokens, with checksums and without."""
+    folder = scratch / "billion"
+    make_sparse(folder, 10**9)
+    variants = {"sizes checked": "0", "checksums too": "16"}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, gigabytes in variants.items():
+            began = perf_counter()
+            command = [sys.executable, "-c", START, str(folder), gigabytes]
+            inside = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            times[name].append((perf_counter() - began, inside))
+    for name, found in times.items():
+        whole, inside = (median(each) for each in zip(*found, strict=True))
+        print(f"starting on 1.0 B tokens, {name}: {inside:.2f} s; with Python's own start {whole:.2f} s")
+
+
+def make_sparse(folder: Path, tokens: int) -> None:
+    """Token files of zeros, documents of a thousand tokens, as `prepare` would have made them of a corpus."""
+    folder.mkdir()
+    splits = {"train": [tokens // 8] * 8, "held_out": [tokens // 1000]}
+    made = {
+        split: [write_zeros(folder / f"{split}-{number:05d}.tokens", count) for number, count in enumerate(counts)]
+        for split, counts in splits.items()
+    }
+    byte = load_tokenizer("bytes")
+    identity = {"tokenizer": {"name": byte.name, "sha256": byte.sha256}, "held_out": 0.05}
+    write_index(folder, Index([], identity, "<u2", byte.eos, made))
+
+
+def write_zeros(path: Path, count: int) -> Shard:
+    """A shard of ``count`` zeros, whose part of the file is a hole."""
+    starts, size = np.arange(0, count, 1000, dtype="<u8").tobytes(), -(-count * 2 // 8) * 8
+    crc, zeros = 0, bytes(1 << 24)
+    for start in range(0, size, len(zeros)):
+        crc = zlib.crc32(zeros[: size - start], crc)
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(starts)
+    return Shard(path.name, count, len(starts) // 8, 2 * count, 0, zlib.crc32(starts, crc))
+
+
+def configure(scratch: Path, tokenizer: str, workers: int, kind: str = "text") -> DataConfig:
     """The configuration of a comparison."""
     return DataConfig(
         sequence_length=256,
-        corpus=(str(scratch / "text"),),
+        corpus=(str(scratch / kind),),
         tokenizer=tokenizer,
         folder=str(scratch / "data"),
         workers=workers,

@@ -44,6 +44,7 @@ VERBS = {
     "schedule": "launcher.schedule",
     "verify": "launcher.verify",
     "validate": "launcher.validate",
+    "tokenizer": "launcher.tokenizer",
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
     "export": "launcher.export",

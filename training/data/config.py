@@ -22,14 +22,14 @@ class DataConfig:
 
     sequence_length: int
     corpus: tuple[str, ...] = (STDLIB,)  # "stdlib": the running Python's source; else text files or folders
-    mixture: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # instead of corpus: {web: 0.7, code: '0.3 0.8:0.3 1:0.6'}
+    # Instead of corpus: {web: 0.7, code: '0.3 0.8:0.3 1:0.6'}, weights that may change over the run.
+    mixture: dict[str, str] = dataclasses.field(default_factory=dict)
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
     eos: str | None = None  # the tokenizer's token that ends a document; null: what it says, or a usual name
     folder: str = "data"  # token files live here, one folder per (corpus, tokenizer)
     field: str = "text"  # of JSONL, Parquet and Arrow records: where their text is; a.b: b of the object a
     malformed: Malformed = Malformed.skip
+    fim: float = 0.0  # share of the documents to train on that have their middle at the end: training/data/middle.py
     held_out: float = 0.05  # share of the documents kept for evaluation: chosen by file, records by their text
     mask_documents: bool = False  # tokens do not attend across document boundaries
     seed: int = 0  # of the shuffle
@@ -48,6 +48,8 @@ class DataConfig:
         parse_weights(self.mixture)
         if not all(self.field.split(".")):
             raise ValueError(f"data.field={self.field} must be a name, or names with dots between them")
+        if not 0 <= self.fim <= 1:
+            raise ValueError(f"data.fim={self.fim} must lie in 0..1: it is a share of the documents")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out={self.held_out} must lie between 0 and 1: it is a share of the text")
         if self.workers is not None and self.workers < 1:

@@ -89,6 +89,7 @@ def _finish_shards(job: Job, plans: list[ShardPlan], workers: int | None, report
         "held_out": job.identity["held_out"],
         "field": job.field,
         "malformed": job.malformed,
+        "fim": job.identity.get("fim", 0.0),
     }
     left = [plan for plan in plans if plan.file not in present]
     total = sum(job.survey.size.values())

@@ -21,7 +21,7 @@ from training.data.job import Job, Report, is_complete, make
 from training.data.listing import PIECE, SPLITS, take_survey
 from training.data.malformed import describe_malformed
 from training.data.megatron import is_megatron, open_megatron
-from training.data.tokenizer import Tokenizer, load_tokenizer
+from training.data.tokenizer import USUAL_FIM, Tokenizer, load_tokenizer
 from training.data.tokens import Row, Shard
 
 
@@ -106,6 +106,11 @@ def _make(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Path:
 
 
 def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
+    if config.fim and tokenizer.fim is None:
+        raise ValueError(
+            f"data.fim={config.fim} needs three tokens, and data.tokenizer={config.tokenizer} has none of the usual: "
+            + "; ".join(" ".join(names) for names in USUAL_FIM)
+        )
     sources = find_sources(config.corpus)
     survey = take_survey(sources, config.held_out)
     for split in SPLITS:
@@ -121,6 +126,7 @@ def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
         "piece": PIECE,
         "tokenizer": _identify(tokenizer),
         **({"field": config.field} if survey.records else {}),
+        **({"fim": config.fim} if config.fim else {}),
     }
     words = (Path(config.corpus[0]).stem, Path(tokenizer.name).stem, digest(identity)[:12])
     slug = "-".join(re.sub(r"\W+", "_", word) for word in words)

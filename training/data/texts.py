@@ -32,6 +32,7 @@ class Setup(NamedTuple):
     held_out: float
     field: str  # of records
     malformed: str  # "skip" or "fail"
+    fim: float  # share of the documents to train on that have their middle at the end
 
 
 class Piece(NamedTuple):

@@ -1,6 +1,6 @@
 """Text to token numbers and back: bytes as they are, or any Hugging Face ``tokenizer.json``.
 
-    bytes    id = byte, 0..255;  256 ends a document;  257..263 are spare: a vocabulary of 33 * 8
+    bytes    id = byte, 0..255;  256 ends a document;  257..259 are for fill-in-the-middle, the rest spare: 33 * 8 ids
 
 A document's text is never read as control tokens: "<|endoftext|>" inside a file stays the characters it is.
 """
@@ -18,6 +18,13 @@ from numpy.typing import NDArray
 BYTES = "bytes"
 # Names by which published tokenizers call the token that ends a text, where no tokenizer_config.json says it.
 USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|eos|>")
+# And those of fill-in-the-middle: before the prefix, the suffix and the middle.
+USUAL_FIM = (
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
 
 Tokens = NDArray[Any]  # [tokens], uint16 or uint32: ``pick_dtype``
 
@@ -29,6 +36,7 @@ class Tokenizer(Protocol):
     sha256: str  # of what defines it; two tokenizers with the same digest give the same tokens
     vocab_size: int  # ids are below it
     eos: int  # ends every document
+    fim: tuple[int, int, int] | None  # begin, hole and end of fill-in-the-middle: training/data/middle.py
 
     def encode(self, text: str) -> Tokens:
         """The tokens of ``text``, without ``eos``."""
@@ -47,6 +55,7 @@ class ByteTokenizer:
     sha256 = sha256(b"bytes: 256 ids, eos 256, vocabulary 264").hexdigest()
     vocab_size = 264
     eos = 256
+    fim = (257, 258, 259)
 
     def encode(self, text: str) -> Tokens:
         # A lone surrogate, which a terminal's arguments may hold, has no bytes in UTF-8.
@@ -77,6 +86,7 @@ class FileTokenizer:
         self.name = str(path)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self.eos = _find_eos(path, eos, vocabulary)
+        self.fim = next((_find_all(names, vocabulary) for names in USUAL_FIM if set(names) <= vocabulary.keys()), None)
         self.sha256 = sha256(content + b"eos %d" % self.eos).hexdigest()
         self._dtype = pick_dtype(self.vocab_size)
 
@@ -138,6 +148,11 @@ def _find_eos(path: Path, eos: str | None, vocabulary: dict[str, int]) -> int:
     if eos not in vocabulary:
         raise ValueError(f"data.eos={eos} is not a token of data.tokenizer={path}")
     return vocabulary[eos]
+
+
+def _find_all(names: tuple[str, str, str], vocabulary: dict[str, int]) -> tuple[int, int, int]:
+    first, second, third = names
+    return vocabulary[first], vocabulary[second], vocabulary[third]
 
 
 def _read_eos(path: os.PathLike[str]) -> str | None:

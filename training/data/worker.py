@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.listing import PIECE, ShardPlan
+from training.data.listing import PIECE, SPLITS, ShardPlan
 from training.data.malformed import Malformed, keep_malformed
+from training.data.middle import cut_middle
 from training.data.texts import Piece, Setup, read_pieces
-from training.data.tokenizer import Tokenizer, load_tokenizer, pick_dtype
+from training.data.tokenizer import Tokenizer, Tokens, load_tokenizer, pick_dtype
 from training.data.tokens import Shard, ShardWriter
 
 BATCH = 4096  # texts tokenised in one call, if they are small
@@ -61,7 +62,7 @@ def make_shard(setup: Setup, plan: ShardPlan, tokenizer: Tokenizer) -> Shard:
     path = Path(setup.folder) / plan.file
     with ShardWriter(path, pick_dtype(tokenizer.vocab_size)) as writer:
         for batch in gather(read_pieces(setup, plan, malformed)):
-            write_batch(writer, batch, tokenizer)
+            write_batch(writer, batch, tokenizer, setup.fim if plan.split == SPLITS[0] else 0.0)
             text_bytes += sum(len(piece.text.encode()) for piece in batch)
             replaced += sum(piece.text.count("\ufffd") for piece in batch)
             send(bytes=sum(piece.read for piece in batch))
@@ -83,11 +84,25 @@ def gather(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def write_batch(writer: ShardWriter, batch: list[Piece], tokenizer: Tokenizer) -> None:
+def encode(batch: list[Piece], tokenizer: Tokenizer, fim: float) -> Iterator[Tokens]:
+    """The tokens of each piece; of a share ``fim`` of the documents that are one piece, with the middle at the end."""
+    cuts = [cut_middle(piece.text, fim) if piece.begins and piece.ends else None for piece in batch]
+    texts = [text for piece, parts in zip(batch, cuts, strict=True) for text in parts or (piece.text,)]
+    encoded = iter(tokenizer.encode_batch(texts))
+    for parts in cuts:
+        if parts is None:
+            yield next(encoded)
+            continue
+        assert tokenizer.fim is not None
+        pairs = zip(tokenizer.fim, (next(encoded) for _ in parts), strict=True)
+        yield np.concatenate([np.concatenate(([token], row)) for token, row in pairs])
+
+
+def write_batch(writer: ShardWriter, batch: list[Piece], tokenizer: Tokenizer, fim: float = 0.0) -> None:
     """Tokenises ``batch`` and appends it, each document followed by eos. A document without a token is no document."""
     rows, starts, position = [], [], 0
     eos = np.array([tokenizer.eos], writer.dtype)
-    for piece, tokens in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
+    for piece, tokens in zip(batch, encode(batch, tokenizer, fim), strict=True):
         if piece.begins and piece.ends and not len(tokens):
             continue
         if piece.begins:

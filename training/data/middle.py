@@ -1,0 +1,23 @@
+"""Fill-in-the-middle (arXiv 2207.14255): a part of the documents has its middle at its end, so that a model learns to
+fill gaps. In the order prefix, suffix, middle, a tenth of them, as DeepSeek-V3 was trained (arXiv 2412.19437, 4.1):
+
+    begin | prefix | hole | suffix | end | middle | eos           begin, hole and end are tokens of their own
+
+Which documents, and where they are cut, follows from a hash of the text. Shapes: rows of tokens.
+"""
+
+from hashlib import blake2b
+
+FRACTION = 2.0**-64
+
+
+def cut_middle(text: str, rate: float) -> tuple[str, str, str] | None:
+    """Prefix, suffix and middle of a document that is among the share ``rate``; None: it stays as it is."""
+    if not rate or not text:
+        return None
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=24, person=b"middle").digest()
+    chosen, *cuts = (int.from_bytes(digest[start : start + 8]) * FRACTION for start in (0, 8, 16))
+    if chosen >= rate:
+        return None
+    first, last = sorted(int(cut * (len(text) + 1)) for cut in cuts)
+    return text[:first], text[last:], text[first:last]
