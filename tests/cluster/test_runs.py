@@ -142,6 +142,7 @@ def test_an_attempt_that_lives_on_unseen_writes_no_checkpoint(cluster: Cluster, 
     assert steps_of(run)[:40] == expect(folder), read_output(run)
 
 
+@pytest.mark.full
 def test_torchrun_on_every_node_is_as_good_as_tasks(cluster: Cluster, folder: Path) -> None:
     words = ("cluster.launcher=torchrun", *LONG, "checkpoint.every=0")
     run, job = folder / "runs" / "agents", submit(cluster, folder, "agents", *words)

@@ -6,8 +6,10 @@ Only what a run needs to go on, or ``shoestring checkpoint`` to speak of it, has
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, cast, get_type_hints
 
+from model.config import ModelConfig
 from training.checkpoint.manifest import DamagedError, Manifest
 
 WHOLE = "a whole number that is not negative"
@@ -26,8 +28,12 @@ def check_facts(manifest: Manifest, where: str) -> None:
 
 
 def check_model(manifest: Manifest, model: Mapping[str, Any], folder: str, advice: str) -> None:
-    """Raises ValueError, naming the first key and giving ``advice``, where ``model`` is not the checkpoint's."""
+    """Raises ValueError, naming the first key and giving ``advice``, where ``model`` is not the checkpoint's.
+
+    A key that there was not yet when the checkpoint was made had the value that it has by default.
+    """
     here, there = _flatten(model), _flatten(manifest.run["config"]["model"])
+    there |= {key: value for key, value in list_defaults(ModelConfig).items() if key not in there and key in here}
     for key in sorted(here.keys() | there.keys()):
         if here.get(key) != there.get(key):
             raise ValueError(
@@ -50,6 +56,18 @@ def _check(wanted: Mapping[str, Any], found: Any, key: str, where: str) -> None:
             _check(kind, found[name], f"{key}.{name}", where)
         elif not isinstance(found[name], KINDS[kind]) or (kind is WHOLE and found[name] < 0):
             raise DamagedError(f"{where}: {key}.{name} must be {kind}, not {found[name]!r}")
+
+
+def list_defaults(section: type[Any], prefix: str = "") -> dict[str, Any]:
+    """What the keys of a section of a configuration are by default, those of its own sections included."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(section)
+    for field in fields(section):
+        if is_dataclass(inner := hints[field.name]):
+            found |= list_defaults(cast(type[Any], inner), f"{prefix}{field.name}.")
+        elif field.default is not MISSING:
+            found[prefix + field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return found
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
