@@ -6,7 +6,13 @@ fill gaps. In the order prefix, suffix, middle, a tenth of them, as DeepSeek-V3 
 Which documents, and where they are cut, follows from a hash of the text. Shapes: rows of tokens.
 """
 
+from collections.abc import Iterator
 from hashlib import blake2b
+
+import numpy as np
+
+from training.data.texts import Piece
+from training.data.tokenizer import Tokenizer, Tokens
 
 FRACTION = 2.0**-64
 
@@ -21,3 +27,17 @@ def cut_middle(text: str, rate: float) -> tuple[str, str, str] | None:
         return None
     first, last = sorted(int(cut * (len(text) + 1)) for cut in cuts)
     return text[:first], text[last:], text[first:last]
+
+
+def encode(batch: list[Piece], tokenizer: Tokenizer, fim: float) -> Iterator[Tokens]:
+    """The tokens of each piece; of a share ``fim`` of the documents that are one piece, with the middle at the end."""
+    cuts = [cut_middle(piece.text, fim) if piece.begins and piece.ends else None for piece in batch]
+    texts = [text for piece, parts in zip(batch, cuts, strict=True) for text in parts or (piece.text,)]
+    encoded = iter(tokenizer.encode_batch(texts))
+    for parts in cuts:
+        if parts is None:
+            yield next(encoded)
+            continue
+        assert tokenizer.fim is not None
+        pairs = zip(tokenizer.fim, (next(encoded) for _ in parts), strict=True)
+        yield np.concatenate([np.concatenate(([token], row)) for token, row in pairs])

@@ -20,6 +20,8 @@ from training.data.listing import (
 from training.data.malformed import Malformed
 from training.data.records import Bad, read_records
 
+BATCH = 4096  # texts tokenised in one call, if they are small
+
 
 class Setup(NamedTuple):
     """What is the same for all shards."""
@@ -85,3 +87,17 @@ def split_text(text: str) -> Iterator[Piece]:
             stop = text.find("\n", stop, stop + WINDOW) + 1 or stop
         yield Piece(text[start:stop], start == 0, stop >= len(text))
         start = stop
+
+
+def gather(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in batches of about PIECE characters."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= PIECE or len(batch) == BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

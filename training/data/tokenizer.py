@@ -55,7 +55,7 @@ class ByteTokenizer:
     sha256 = sha256(b"bytes: 256 ids, eos 256, vocabulary 264").hexdigest()
     vocab_size = 264
     eos = 256
-    fim = (257, 258, 259)
+    fim: tuple[int, int, int] | None = (257, 258, 259)
 
     def encode(self, text: str) -> Tokens:
         # A lone surrogate, which a terminal's arguments may hold, has no bytes in UTF-8.

@@ -13,20 +13,17 @@ process that asked, and it ends when that process does:
 import json
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from training.data.listing import PIECE, SPLITS, ShardPlan
+from training.data.listing import SPLITS, ShardPlan
 from training.data.malformed import Malformed, keep_malformed
-from training.data.middle import cut_middle
-from training.data.texts import Piece, Setup, read_pieces
-from training.data.tokenizer import Tokenizer, Tokens, load_tokenizer, pick_dtype
+from training.data.middle import encode
+from training.data.texts import Piece, Setup, gather, read_pieces
+from training.data.tokenizer import Tokenizer, load_tokenizer, pick_dtype
 from training.data.tokens import Shard, ShardWriter
-
-BATCH = 4096  # texts tokenised in one call, if they are small
 
 
 def main() -> None:
@@ -68,34 +65,6 @@ def make_shard(setup: Setup, plan: ShardPlan, tokenizer: Tokenizer) -> Shard:
             send(bytes=sum(piece.read for piece in batch))
         keep_malformed(path, malformed)
         return writer.finish(text_bytes, replaced)
-
-
-def gather(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in batches of about PIECE characters."""
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= PIECE or len(batch) == BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode(batch: list[Piece], tokenizer: Tokenizer, fim: float) -> Iterator[Tokens]:
-    """The tokens of each piece; of a share ``fim`` of the documents that are one piece, with the middle at the end."""
-    cuts = [cut_middle(piece.text, fim) if piece.begins and piece.ends else None for piece in batch]
-    texts = [text for piece, parts in zip(batch, cuts, strict=True) for text in parts or (piece.text,)]
-    encoded = iter(tokenizer.encode_batch(texts))
-    for parts in cuts:
-        if parts is None:
-            yield next(encoded)
-            continue
-        assert tokenizer.fim is not None
-        pairs = zip(tokenizer.fim, (next(encoded) for _ in parts), strict=True)
-        yield np.concatenate([np.concatenate(([token], row)) for token, row in pairs])
 
 
 def write_batch(writer: ShardWriter, batch: list[Piece], tokenizer: Tokenizer, fim: float = 0.0) -> None:
