@@ -2,11 +2,13 @@
 
 import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from configs.schema import RunConfig
+from launcher.preflight.unfit import read_excluded
 from launcher.slurm import script
 
 ABOUT = (
@@ -24,10 +26,14 @@ class Batch(NamedTuple):
 
 
 def write(configs: list[RunConfig], place: Path) -> Batch:
-    """The script of a job that is kept in ``place``, an absolute path in it."""
+    """The script of a job that is kept in ``place``, an absolute path in it. Nodes that an earlier one of the same run
+    has found unfit are left out.
+    """
     config, array, here = configs[0], len(configs) > 1, place.absolute()
     output = script.write_pattern(here, "%a/job-%j.out" if array else "job-%j.out")
-    options = script.list_options(config.cluster, place.name, output, len(configs))
+    without = [*filter(None, [config.cluster.exclude]), *sorted(read_excluded(place))]
+    cluster = replace(config.cluster, exclude=",".join(without) or None)
+    options = script.list_options(cluster, place.name, output, len(configs))
     python = config.cluster.python
     # What this process found beside it, in the folder it was started from, the nodes find there too.
     words = [python or sys.executable, *([] if {"", os.getcwd()} & set(sys.path) else ["-P"])]

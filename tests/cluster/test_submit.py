@@ -170,6 +170,17 @@ def test_jobs_of_a_chain_are_one_run(user: User) -> None:
         ("{nodelist: n9}", "", 2),
     ],
 )
+def test_a_run_that_is_submitted_again_leaves_out_unfit_nodes(user: User) -> None:
+    """Beside those that its configuration leaves out."""
+    user.submit("run.id=one", "cluster.exclude=n4")
+    user.cluster.wait(user.job_of("one"), "COMPLETED")
+    assert user.cluster.show(user.job_of("one"))["ExcNodeList"] == "n4"
+    (user.home / "runs" / "one" / "excluded.json").write_text('{"n1": "sending: 0.02 Gbit/s"}\n')
+    user.submit("run.id=one", "cluster.exclude=n4", "checkpoint.resume=auto")
+    shown = user.cluster.wait(user.job_of("one"), "COMPLETED")
+    assert shown["ExcNodeList"] == "n[1,4]" and shown["NodeList"] == "n[2-3]"
+
+
 def test_why_a_job_waits(word: str, said: str, code: int, user: User) -> None:
     submitted = user.submit("run.id=one", f"cluster.additional_parameters={word}", code=2 if code == 2 else 0)
     if code == 2:
