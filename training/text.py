@@ -1,6 +1,5 @@
 """The text of a run: its tokenizer and its two splits, packed into sequences."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from configs.schema import TrainConfig
@@ -9,7 +8,8 @@ from training.agree import wait_for_all
 from training.data.batches import Batches
 from training.data.config import parse_weights
 from training.data.mixture import Mixture, Sequences
-from training.data.prepare import digest, prepare
+from training.data.packing import WholeDocuments
+from training.data.prepare import Report, digest, prepare
 from training.data.tokenizer import Tokenizer, check_vocabulary
 from training.data.tokens import Row
 from training.ramp import schedule_batches
@@ -26,7 +26,7 @@ class Text:
     row: Row | None = None  # what ``train`` is made of, but of a mixture
 
 
-def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
+def open_text(config: TrainConfig, report: Report) -> Text:
     """Prepares the text where it is not yet, and opens it.
 
     Raises ValueError for damaged token files and for a tokenizer with more tokens than the model.
@@ -36,19 +36,21 @@ def open_text(config: TrainConfig, report: Callable[[str], None]) -> Text:
     data = prepare(config.data, report)
     check_vocabulary(data.tokenizer, config.model.vocab_size)
     train = _pack(config, data.train, config.data.seed)
+    if isinstance(train, WholeDocuments) and train.cut:
+        report(f"{train.cut:,} of {data.train.documents:,} conversations are longer than data.sequence_length, and cut")
     # Its order has a seed of its own: runs with different seeds are measured on the same labels.
     held_out = _pack(config, data.held_out, seed=0)
     return Text(data.tokenizer, train, held_out, data.digest, data.train)
 
 
-def open_shared_text(config: TrainConfig, report: Callable[[str], None], mesh: Mesh) -> Text:
+def open_shared_text(config: TrainConfig, report: Report, mesh: Mesh) -> Text:
     """``open_text`` on every rank: rank 0 prepares and checks, then the others open what it made. Collective."""
     text = open_text(config, report) if mesh.rank == 0 else None
     wait_for_all(mesh)
     return text or open_text(replace(config, data=replace(config.data, verify_gigabytes=0.0)), report)
 
 
-def _mix(config: TrainConfig, report: Callable[[str], None]) -> Text:
+def _mix(config: TrainConfig, report: Report) -> Text:
     """``open_text`` of several corpora. What is held out is mixed as the run ends."""
     weights = parse_weights(config.data.mixture)
     parts = {name: prepare(replace(config.data, corpus=(name,), mixture={}), report) for name in weights}
@@ -64,11 +66,17 @@ def _mix(config: TrainConfig, report: Callable[[str], None]) -> Text:
     return Text(tokenizer, train, held_out, digest([[part.digest for part in parts.values()], [*weights.items()]]))
 
 
-def _pack(config: TrainConfig, tokens: Row, seed: int) -> Batches:
+def _pack(config: TrainConfig, tokens: Row, seed: int) -> Sequences:
+    length, lookahead = config.data.sequence_length, 1 + config.model.mtp.depth
+    if config.data.chat is not None:
+        whole = WholeDocuments(tokens, sequence_length=length, lookahead=lookahead, seed=seed)
+        if whole.cut == tokens.documents:
+            raise ValueError(f"data.sequence_length={length} is shorter than every conversation: raise it")
+        return whole
     return Batches(
         tokens,
-        sequence_length=config.data.sequence_length,
-        lookahead=1 + config.model.mtp.depth,
+        sequence_length=length,
+        lookahead=lookahead,
         seed=seed,
         mask_documents=config.data.mask_documents,
         shuffle=True,

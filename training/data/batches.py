@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.batch import Batch
 from training.data.shuffle import permute
-from training.data.tokens import Row
+from training.data.tokens import Row, split_flags
 
 
 class Batches:
@@ -62,8 +62,8 @@ class Batches:
         for row, sequence in enumerate(self.order(first, count).tolist()):
             start = sequence * self.sequence_length
             tokens, firsts = self.tokens.read(start, min(start + width, self.tokens.tokens))
-            ids[row, : len(tokens)] = tokens
-            counted[row, 1 : len(tokens)] = True
+            ids[row, : len(tokens)], counted[row, : len(tokens)] = split_flags(tokens)
+            counted[row, 0] = False
             begins[row, firsts] = True
             begins[row, len(tokens)] = True  # padding is a document of its own
         documents = None
@@ -74,9 +74,15 @@ class Batches:
 
     def order(self, first: int, count: int) -> NDArray[np.int64]:
         """Which sequence is at each of the positions, [count] int64."""
-        epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), self.sequences)
         if self.shuffle:
-            for epoch in np.unique(epochs).tolist():
-                here = epochs == epoch
-                places[here] = permute(places[here], self.sequences, self.seed, epoch)
-        return places
+            return order(first, count, self.sequences, self.seed)
+        return np.arange(first, first + count, dtype=np.int64) % self.sequences
+
+
+def order(first: int, count: int, sequences: int, seed: int) -> NDArray[np.int64]:
+    """Which of so many sequences is at each of the positions, [count] int64."""
+    epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), sequences)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        places[here] = permute(places[here], sequences, seed, epoch)
+    return places

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.mixture import Sequences
-from training.data.tokens import Row
+from training.data.tokens import Row, split_flags
 
 LARGEST = 4096  # vocabulary: the table of counts has its square, 128 MB
 CHUNK = 1 << 22  # tokens counted at once
@@ -48,7 +48,7 @@ def count_text(tokens: Row, vocab_size: int, limit: int) -> Counts:
     counts = np.zeros(vocab_size**2, np.int64)
     stop = min(limit, tokens.tokens)
     for start in range(0, stop - 1, CHUNK):
-        ids = tokens.read(start, min(start + CHUNK + 1, stop))[0].astype(np.int64)
+        ids, _ = split_flags(tokens.read(start, min(start + CHUNK + 1, stop))[0])
         counts += np.bincount(ids[:-1] * vocab_size + ids[1:], minlength=vocab_size**2)
     return counts
 

@@ -9,6 +9,14 @@ STDLIB = "stdlib"
 Knots = list[tuple[float, float]]  # share of the run, weight
 
 
+class Chat(StrEnum):
+    """How conversations are written: training/data/chat.py."""
+
+    chatml = "chatml"
+    llama3 = "llama3"
+    deepseek = "deepseek"
+
+
 class Malformed(StrEnum):
     """What happens where a record of ``data.corpus`` is none, or has no text."""
 
@@ -29,6 +37,8 @@ class DataConfig:
     folder: str = "data"  # token files live here, one folder per (corpus, tokenizer)
     field: str = "text"  # of JSONL, Parquet and Arrow records: where their text is; a.b: b of the object a
     malformed: Malformed = Malformed.skip
+    # Records are conversations, in data.field (messages), to be fine-tuned on: answers count, and are not cut.
+    chat: Chat | None = None
     fim: float = 0.0  # share of the documents to train on that have their middle at the end: training/data/middle.py
     held_out: float = 0.05  # share of the documents kept for evaluation: chosen by file, records by their text
     mask_documents: bool = False  # tokens do not attend across document boundaries
@@ -48,6 +58,10 @@ class DataConfig:
         parse_weights(self.mixture)
         if not all(self.field.split(".")):
             raise ValueError(f"data.field={self.field} must be a name, or names with dots between them")
+        if self.chat is not None and self.fim:
+            raise ValueError(
+                f"data.fim={self.fim} must be 0 with data.chat={self.chat}: conversations keep their order"
+            )
         if not 0 <= self.fim <= 1:
             raise ValueError(f"data.fim={self.fim} must lie in 0..1: it is a share of the documents")
         if not 0 < self.held_out < 1:
@@ -56,6 +70,11 @@ class DataConfig:
             raise ValueError(f"data.workers={self.workers} must be at least 1 (null: all cores)")
         if not self.verify_gigabytes >= 0:
             raise ValueError(f"data.verify_gigabytes={self.verify_gigabytes} must not be negative")
+
+
+def name_field(data: DataConfig) -> str:
+    """Where records have what is trained on."""
+    return "messages" if data.chat is not None and data.field == "text" else data.field
 
 
 def parse_weights(mixture: Mapping[str, str]) -> dict[str, Knots]:

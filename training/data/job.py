@@ -79,7 +79,7 @@ def _finish_shards(job: Job, plans: list[ShardPlan], workers: int | None, report
     rows = journal.read_journal(job.folder)
     if (job.folder / NAME).exists():
         rows += [shard for shards in read_index(job.folder).splits.values() for shard in shards]
-    present = journal.keep_present(rows, job.folder, pick_dtype(job.tokenizer.vocab_size).itemsize)
+    present = journal.keep_present(rows, job.folder, _dtype(job).itemsize)
     setup = {
         "folder": str(job.folder),
         "roots": [str(source.root) for source in job.sources],
@@ -90,6 +90,7 @@ def _finish_shards(job: Job, plans: list[ShardPlan], workers: int | None, report
         "field": job.field,
         "malformed": job.malformed,
         "fim": job.identity.get("fim", 0.0),
+        "chat": job.identity.get("chat"),
     }
     left = [plan for plan in plans if plan.file not in present]
     total = sum(job.survey.size.values())
@@ -108,13 +109,17 @@ def _finish_shards(job: Job, plans: list[ShardPlan], workers: int | None, report
     return present
 
 
+def _dtype(job: Job) -> Any:
+    return pick_dtype(job.tokenizer.vocab_size, "chat" in job.identity)
+
+
 def _commit(job: Job, splits: dict[str, list[Shard]]) -> None:
     if not any(shard.tokens for shard in splits[SPLITS[0]]):
         raise ValueError("data.corpus has no text to train on")
     index = Index(
         sources=[str(source.root) for source in job.sources],
         identity=job.identity,
-        dtype=pick_dtype(job.tokenizer.vocab_size).str,
+        dtype=_dtype(job).str,
         eos=job.tokenizer.eos,
         splits=splits,
     )

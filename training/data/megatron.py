@@ -49,6 +49,10 @@ class MegatronFile:
                 )
         return stop * size
 
+    def starts(self) -> NDArray[np.int64]:
+        """See ``Row``."""
+        return self._starts
+
     def read(self, start: int, stop: int) -> tuple[Tokens, NDArray[np.int64]]:
         """See ``Row``."""
         assert 0 <= start <= stop <= self.tokens

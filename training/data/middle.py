@@ -11,8 +11,10 @@ from hashlib import blake2b
 
 import numpy as np
 
+from training.data.chat import Part
 from training.data.texts import Piece
 from training.data.tokenizer import Tokenizer, Tokens
+from training.data.tokens import UNCOUNTED
 
 FRACTION = 2.0**-64
 
@@ -30,14 +32,32 @@ def cut_middle(text: str, rate: float) -> tuple[str, str, str] | None:
 
 
 def encode(batch: list[Piece], tokenizer: Tokenizer, fim: float) -> Iterator[Tokens]:
-    """The tokens of each piece; of a share ``fim`` of the documents that are one piece, with the middle at the end."""
+    """The tokens of each piece; of a share ``fim`` of the documents that are one piece, with the middle at the end; of
+    conversations with a bit for what counts not.
+    """
     cuts = [cut_middle(piece.text, fim) if piece.begins and piece.ends else None for piece in batch]
-    texts = [text for piece, parts in zip(batch, cuts, strict=True) for text in parts or (piece.text,)]
+    texts = [
+        text
+        for piece, cut in zip(batch, cuts, strict=True)
+        for text in cut or [part.text for part in piece.parts if not part.mark] or (piece.text,)
+    ]
     encoded = iter(tokenizer.encode_batch(texts))
-    for parts in cuts:
+    for piece, parts in zip(batch, cuts, strict=True):
+        if piece.parts:
+            yield _encode_parts(piece.parts, encoded, tokenizer)
+            continue
         if parts is None:
             yield next(encoded)
             continue
         assert tokenizer.fim is not None
         pairs = zip(tokenizer.fim, (next(encoded) for _ in parts), strict=True)
         yield np.concatenate([np.concatenate(([token], row)) for token, row in pairs])
+
+
+def _encode_parts(parts: tuple[Part, ...], encoded: Iterator[Tokens], tokenizer: Tokenizer) -> Tokens:
+    """A conversation: its texts are the next of ``encoded``."""
+    rows = []
+    for part in parts:
+        row = (tokenizer.encode_mark(part.text) if part.mark else next(encoded)).astype(np.uint32)
+        rows.append(row if part.counted else row | np.uint32(UNCOUNTED))
+    return np.concatenate(rows)

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.data.config import DataConfig
+from training.data.config import DataConfig, name_field
 from training.data.corpus import find_sources
 from training.data.index import NAME, digest, read_index, verify
 from training.data.job import Job, Report, is_complete, make
@@ -113,6 +113,8 @@ def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
         )
     sources = find_sources(config.corpus)
     survey = take_survey(sources, config.held_out)
+    if config.chat is not None and survey.documents[SPLITS[0]] != survey.records:
+        raise ValueError(f"data.chat={config.chat} needs records of conversations, and data.corpus has other texts too")
     for split in SPLITS:
         if not survey.documents[split]:
             raise ValueError(
@@ -125,13 +127,14 @@ def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
         "held_out": config.held_out,
         "piece": PIECE,
         "tokenizer": _identify(tokenizer),
-        **({"field": config.field} if survey.records else {}),
+        **({"field": name_field(config)} if survey.records else {}),
+        **({"chat": config.chat.value} if config.chat is not None else {}),
         **({"fim": config.fim} if config.fim else {}),
     }
     words = (Path(config.corpus[0]).stem, Path(tokenizer.name).stem, digest(identity)[:12])
     slug = "-".join(re.sub(r"\W+", "_", word) for word in words)
     folder = Path(config.folder) / slug
-    return Job(sources, survey, tokenizer, config.eos, config.field, config.malformed.value, identity, folder)
+    return Job(sources, survey, tokenizer, config.eos, name_field(config), config.malformed.value, identity, folder)
 
 
 def _identify(tokenizer: Tokenizer) -> dict[str, str]:

@@ -41,20 +41,38 @@ class Place(NamedTuple):
     stop: int
 
 
-Found = Iterator[str | Bad]
+class Wanted(NamedTuple):
+    """Which field of a record, and what becomes of what is there: that in a tuple, or why it will not do."""
+
+    field: list[str]
+    take: Callable[[Any], tuple[Any] | str]
 
 
-def read_records(path: Path, piece: range, field: str) -> Found:
-    """The texts of the records that begin in bytes ``piece`` of a file; and what is none.
+Found = Iterator[Any]  # what was wanted, or ``Bad``
+
+
+def take_text(value: Any) -> tuple[str] | str:
+    """A text, or why it is none."""
+    if not isinstance(value, str):
+        return "is no text"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "has half a surrogate pair"
+    return (value,)
+
+
+def read_records(path: Path, piece: range, field: str, take: Callable[[Any], tuple[Any] | str] = take_text) -> Found:
+    """What ``take`` makes of ``field`` of the records that begin in bytes ``piece`` of a file; and what is none.
 
     Raises:
         ValueError: what reads the format is not installed, or the file is not of it.
     """
     read = next(read for suffix, read in READERS.items() if path.name.endswith(suffix))
-    return read(Place(path, piece.start, piece.stop), field.split("."))
+    return read(Place(path, piece.start, piece.stop), Wanted(field.split("."), take))
 
 
-def _read_lines(place: Place, field: list[str]) -> Found:
+def _read_lines(place: Place, wanted: Wanted) -> Found:
     with place.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         position, stop = _find_line(content, place.start), _find_line(content, place.stop)
         before: int | None = None  # lines, counted where one is to be named
@@ -62,7 +80,7 @@ def _read_lines(place: Place, field: list[str]) -> Found:
         while position < stop:
             end = content.find(b"\n", position, stop)
             end = stop if end < 0 else end
-            found = _read_line(content[position:end], field)
+            found = _read_line(content[position:end], wanted)
             position, number = end + 1, number + 1
             if isinstance(found, str):
                 if before is None:
@@ -84,7 +102,7 @@ def _count_lines(content: mmap.mmap, stop: int) -> int:
     return sum(content[start : min(start + COUNTED, stop)].count(b"\n") for start in range(0, stop, COUNTED))
 
 
-def _read_line(line: bytes, field: list[str]) -> tuple[str] | str | None:
+def _read_line(line: bytes, wanted: Wanted) -> tuple[Any] | str | None:
     """The text of a record, or why there is none; None for a line that is empty."""
     if not line.strip():
         return None
@@ -92,32 +110,27 @@ def _read_line(line: bytes, field: list[str]) -> tuple[str] | str | None:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         return f"no JSON: {error}"
-    return _take_text(record, field)
+    return _take(record, wanted)
 
 
-def _take_text(record: Any, field: list[str]) -> tuple[str] | str:
-    """The text that is in ``field``, or why there is none."""
-    for number, name in enumerate(field):
+def _take(record: Any, wanted: Wanted) -> tuple[Any] | str:
+    """What is wanted of a record, or why there is none."""
+    for number, name in enumerate(wanted.field):
         if not isinstance(record, dict) or name not in record:
-            return f"no field {'.'.join(field[: number + 1])}"
+            return f"no field {'.'.join(wanted.field[: number + 1])}"
         record = record[name]
-    if not isinstance(record, str):
-        return f"field {'.'.join(field)} is no text"
-    try:
-        record.encode()
-    except UnicodeEncodeError:
-        return f"field {'.'.join(field)} has half a surrogate pair"
-    return (record,)
+    found = wanted.take(record)
+    return f"field {'.'.join(wanted.field)} {found}" if isinstance(found, str) else found
 
 
-def _read_packed(unpack: Callable[[IO[bytes]], Iterator[bytes]], place: Place, field: list[str]) -> Found:
+def _read_packed(unpack: Callable[[IO[bytes]], Iterator[bytes]], place: Place, wanted: Wanted) -> Found:
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if unpack is _unpack_zst:
         errors += (_load("zstandard").ZstdError,)
     try:
         with place.path.open("rb") as file:
             for number, line in enumerate(_split_lines(unpack(file)), start=1):
-                found = _read_line(line, field)
+                found = _read_line(line, wanted)
                 if isinstance(found, str):
                     yield Bad(number, found)
                 elif found is not None:
@@ -157,7 +170,7 @@ def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(begun)
 
 
-def _read_parquet(place: Place, field: list[str]) -> Found:
+def _read_parquet(place: Place, wanted: Wanted) -> Found:
     arrow, parquet = _load("pyarrow"), _load("pyarrow.parquet")
     try:
         with parquet.ParquetFile(place.path) as file:
@@ -167,31 +180,32 @@ def _read_parquet(place: Place, field: list[str]) -> Found:
                 column = about.column(0)
                 begin = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
                 if place.start <= begin < place.stop:
-                    batches = file.iter_batches(BATCH, row_groups=[number], columns=[".".join(field)])
-                    yield from _read_batches(batches, field, rows)
+                    batches = file.iter_batches(BATCH, row_groups=[number], columns=[".".join(wanted.field)])
+                    yield from _read_batches(batches, wanted, rows)
                 rows += about.num_rows
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{place.path} is no Parquet file: {error}") from error
 
 
-def _read_arrow(place: Place, field: list[str]) -> Found:
+def _read_arrow(place: Place, wanted: Wanted) -> Found:
     arrow, ipc = _load("pyarrow"), _load("pyarrow.ipc")
     try:
         with arrow.memory_map(str(place.path)) as source, ipc.open_stream(source) as batches:
-            yield from _read_batches(batches, field, 0)
+            yield from _read_batches(batches, wanted, 0)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{place.path} is no stream of Arrow's: {error}") from error
 
 
-def _read_batches(batches: Any, field: list[str], row: int) -> Found:
+def _read_batches(batches: Any, wanted: Wanted, row: int) -> Found:
     """The rows of ``batches``, of which the first is ``row``."""
     for batch in batches:
-        column = batch.column(field[0]) if field[0] in batch.schema.names else None
+        name = wanted.field[0]
+        column = batch.column(name) if name in batch.schema.names else None
         for start in range(0, batch.num_rows, BATCH):
             values = [None] * batch.num_rows if column is None else column.slice(start, BATCH).to_pylist()
             for value in values[:BATCH]:
                 row += 1
-                found = _take_text({} if column is None else {field[0]: value}, field)
+                found = _take({} if column is None else {name: value}, wanted)
                 yield Bad(row, found) if isinstance(found, str) else found[0]
 
 
@@ -205,7 +219,7 @@ def _load(module: str) -> Any:
         ) from None
 
 
-READERS: dict[str, Callable[[Place, list[str]], Found]] = {
+READERS: dict[str, Callable[[Place, Wanted], Found]] = {
     **dict.fromkeys(LINES, _read_lines),
     ".gz": partial(_read_packed, _unpack_gz),
     ".zst": partial(_read_packed, _unpack_zst),

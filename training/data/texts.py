@@ -1,11 +1,14 @@
 """The texts of a shard, read from the files of a corpus: whole, in pieces, or as records that belong to its split."""
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from training.data.chat import Message, Part, render, take_messages
+from training.data.config import Chat
 from training.data.corpus import WINDOW, Document, is_held_out
 from training.data.listing import (
     PIECE,
@@ -18,7 +21,7 @@ from training.data.listing import (
     read_piece,
 )
 from training.data.malformed import Malformed
-from training.data.records import Bad, read_records
+from training.data.records import Bad, read_records, take_text
 
 BATCH = 4096  # texts tokenised in one call, if they are small
 
@@ -35,6 +38,7 @@ class Setup(NamedTuple):
     field: str  # of records
     malformed: str  # "skip" or "fail"
     fim: float  # share of the documents to train on that have their middle at the end
+    chat: str | None  # records are conversations
 
 
 class Piece(NamedTuple):
@@ -44,6 +48,7 @@ class Piece(NamedTuple):
     begins: bool
     ends: bool
     read: int = 0  # bytes of files that were read for it and for what came before it
+    parts: tuple[Part, ...] = ()  # of a conversation, whose text they are
 
 
 def read_pieces(setup: Setup, plan: ShardPlan, malformed: list[Malformed]) -> Iterator[Piece]:
@@ -67,15 +72,26 @@ def read_chosen(
 ) -> Iterator[Piece]:
     """The records in bytes ``piece`` of a file that belong to ``split``."""
     check_unchanged(path, path.stat(), document)
-    for found in read_records(path, piece, setup.field):
+    for found in read_records(path, piece, setup.field, take_text if setup.chat is None else take_messages):
         if isinstance(found, Bad):
             if setup.malformed == "fail":
                 raise ValueError(f"{path}:{found.line}: {found.why}; data.malformed=skip leaves such records out")
             if split == SPLITS[0]:  # both read it
                 malformed.append(Malformed(str(path), *found))
-        elif is_held_out(found.encode(), setup.held_out) == (split != SPLITS[0]):
-            yield from split_text(found)
+        elif is_held_out(write_name(found), setup.held_out) == (split != SPLITS[0]):
+            yield from split_text(found) if setup.chat is None else [make_conversation(found, Chat(setup.chat))]
     yield Piece("", False, False, len(piece))
+
+
+def write_name(found: Any) -> bytes:
+    """What says of a record on which side it is."""
+    return found.encode() if isinstance(found, str) else json.dumps(found).encode()
+
+
+def make_conversation(messages: list[Message], chat: Chat) -> Piece:
+    """A document of a conversation."""
+    parts = tuple(render(messages, chat))
+    return Piece("".join(part.text for part in parts), True, True, parts=parts)
 
 
 def split_text(text: str) -> Iterator[Piece]:

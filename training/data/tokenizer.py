@@ -7,6 +7,7 @@ A document's text is never read as control tokens: "<|endoftext|>" inside a file
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -44,6 +45,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """``encode`` of each text."""
 
+    def encode_mark(self, text: str) -> Tokens:
+        """The tokens of a mark between what speakers say, control tokens among them."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; control tokens are dropped, broken UTF-8 becomes U+FFFD."""
 
@@ -63,6 +67,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         return [self.encode(text) for text in texts]
+
+    def encode_mark(self, text: str) -> Tokens:
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
@@ -89,6 +96,7 @@ class FileTokenizer:
         self.fim = next((_find_all(names, vocabulary) for names in USUAL_FIM if set(names) <= vocabulary.keys()), None)
         self.sha256 = sha256(content + b"eos %d" % self.eos).hexdigest()
         self._dtype = pick_dtype(self.vocab_size)
+        self._marks: dict[str, Tokens] = {}
 
     def encode(self, text: str) -> Tokens:
         return self.encode_batch([text])[0]
@@ -96,6 +104,16 @@ class FileTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self._dtype) for encoding in encodings]
+
+    def encode_mark(self, text: str) -> Tokens:
+        if text not in self._marks:
+            for name in re.findall(r"<[|｜].*?[|｜]>", text):
+                if self._inner.token_to_id(name) is None:
+                    raise ValueError(f"data.chat writes {name}, and data.tokenizer={self.name} has no such token")
+            self._inner.encode_special_tokens = False
+            self._marks[text] = np.array(self._inner.encode(text, add_special_tokens=False).ids, self._dtype)
+            self._inner.encode_special_tokens = True
+        return self._marks[text]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._inner.decode([int(i) for i in ids], skip_special_tokens=True))
@@ -131,9 +149,9 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
         )
 
 
-def pick_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest dtype, little-endian on every machine, that holds every id."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+def pick_dtype(vocab_size: int, flagged: bool = False) -> np.dtype[Any]:
+    """The narrowest dtype, little-endian on every machine, that holds every id; ``flagged``: and a bit more."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 and not flagged else "<u4")
 
 
 def _find_eos(path: Path, eos: str | None, vocabulary: dict[str, int]) -> int:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from training.data.tokenizer import Tokens
 
+UNCOUNTED = 1 << 31  # the bit of a token that is no label
+
 
 class Shard(NamedTuple):
     """A row of the index."""
@@ -80,6 +82,14 @@ class ShardWriter:
         self._crc = zlib.crc32(content, self._crc)
 
 
+def split_flags(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Ids, and which of them count as labels: ids of 4 bytes may say in their highest bit that they do not."""
+    if tokens.dtype.itemsize < 4:
+        return tokens.astype(np.int64), np.ones(len(tokens), np.bool_)
+    wide = tokens.astype(np.int64)
+    return wide & (UNCOUNTED - 1), wide < UNCOUNTED
+
+
 class Row(Protocol):
     """The tokens of one split, one document after the other.
 
@@ -98,6 +108,10 @@ class Row(Protocol):
     def read(self, start: int, stop: int) -> tuple[Tokens, NDArray[np.int64]]:
         """Tokens ``start`` to ``stop`` (at most ``self.tokens``), [stop - start], and which of them, counted from
         ``start``, are the first of a document, ascending."""
+        ...
+
+    def starts(self) -> NDArray[np.int64]:
+        """Where documents begin, [documents], ascending."""
         ...
 
 
@@ -130,6 +144,12 @@ class TokenFile:
             position = begin + high
             number += 1
         return np.concatenate(rows), np.concatenate(firsts)
+
+    def starts(self) -> NDArray[np.int64]:
+        """See ``Row``."""
+        begins = [0, *self._ends.tolist()]
+        found = [self._map(number)[1].astype(np.int64) + begins[number] for number in range(len(self.shards))]
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
     def _map(self, number: int) -> tuple[Tokens, NDArray[np.uint64]]:
         if number not in self._maps:

@@ -23,7 +23,7 @@ from training.data.malformed import Malformed, keep_malformed
 from training.data.middle import encode
 from training.data.texts import Piece, Setup, gather, read_pieces
 from training.data.tokenizer import Tokenizer, load_tokenizer, pick_dtype
-from training.data.tokens import Shard, ShardWriter
+from training.data.tokens import UNCOUNTED, Shard, ShardWriter
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def make_shard(setup: Setup, plan: ShardPlan, tokenizer: Tokenizer) -> Shard:
     text_bytes = replaced = 0
     malformed: list[Malformed] = []
     path = Path(setup.folder) / plan.file
-    with ShardWriter(path, pick_dtype(tokenizer.vocab_size)) as writer:
+    with ShardWriter(path, pick_dtype(tokenizer.vocab_size, setup.chat is not None)) as writer:
         for batch in gather(read_pieces(setup, plan, malformed)):
             write_batch(writer, batch, tokenizer, setup.fim if plan.split == SPLITS[0] else 0.0)
             text_bytes += sum(len(piece.text.encode()) for piece in batch)
@@ -79,7 +79,7 @@ def write_batch(writer: ShardWriter, batch: list[Piece], tokenizer: Tokenizer, f
         rows.append(tokens)
         position += len(tokens)
         if piece.ends:
-            rows.append(eos)
+            rows.append(eos if not piece.parts or piece.parts[-1].counted else eos | UNCOUNTED)
             position += 1
     writer.append(np.concatenate(rows) if rows else np.zeros(0, writer.dtype), starts)
 
