@@ -162,14 +162,6 @@ def test_jobs_of_a_chain_are_one_run(user: User) -> None:
     assert "its jobs are over" in user.type("cancel", "one", code=2)
 
 
-@pytest.mark.parametrize(
-    ("word", "said", "code"),
-    [
-        ("{hold: true}", "is held by its user; release it: scontrol release", 1),
-        ("{begin: now+1hour}", "waits for the time that it may begin at", 0),
-        ("{nodelist: n9}", "", 2),
-    ],
-)
 def test_a_run_that_is_submitted_again_leaves_out_unfit_nodes(user: User) -> None:
     """Beside those that its configuration leaves out."""
     user.submit("run.id=one", "cluster.exclude=n4")
@@ -181,6 +173,14 @@ def test_a_run_that_is_submitted_again_leaves_out_unfit_nodes(user: User) -> Non
     assert shown["ExcNodeList"] == "n[1,4]" and shown["NodeList"] == "n[2-3]"
 
 
+@pytest.mark.parametrize(
+    ("word", "said", "code"),
+    [
+        ("{hold: true}", "is held by its user; release it: scontrol release", 1),
+        ("{begin: now+1hour}", "waits for the time that it may begin at", 0),
+        ("{nodelist: n9}", "", 2),
+    ],
+)
 def test_why_a_job_waits(word: str, said: str, code: int, user: User) -> None:
     submitted = user.submit("run.id=one", f"cluster.additional_parameters={word}", code=2 if code == 2 else 0)
     if code == 2:
