@@ -128,6 +128,13 @@ def test_a_malformed_row_is_named(suffix: str, tmp_path: Path) -> None:
     assert read_all(path, field="else") == [Bad(row, "no field else") for row in (1, 2, 3)]
 
 
+def test_rows_of_a_large_batch_without_the_field_are_named_once(tmp_path: Path) -> None:
+    path, table = tmp_path / "a.arrow", arrow.table({"id": list(range(1500))})
+    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    assert read_all(path) == [Bad(row, "no field text") for row in range(1, 1501)]
+
+
 def test_fields_within_fields(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"a": {"b": "deep"}}, {"a": "b"}, {"a": {}}])
     assert read_all(path, field="a.b") == ["deep", Bad(2, "no field a.b"), Bad(3, "no field a.b")]

@@ -202,8 +202,8 @@ def _read_batches(batches: Any, wanted: Wanted, row: int) -> Found:
         name = wanted.field[0]
         column = batch.column(name) if name in batch.schema.names else None
         for start in range(0, batch.num_rows, BATCH):
-            values = [None] * batch.num_rows if column is None else column.slice(start, BATCH).to_pylist()
-            for value in values[:BATCH]:
+            rows = min(BATCH, batch.num_rows - start)
+            for value in [None] * rows if column is None else column.slice(start, rows).to_pylist():
                 row += 1
                 found = _take({} if column is None else {name: value}, wanted)
                 yield Bad(row, found) if isinstance(found, str) else found[0]
