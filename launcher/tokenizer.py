@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launcher import cli
 from launcher.invocation import Invocation
+from training.data.config import STDLIB
 
 SUMMARY = "train a tokenizer on text: a folder for data.tokenizer"
 LEAST = 260  # bytes, and the tokens with a meaning of their own
@@ -16,7 +17,7 @@ class Config:
     """Of which text, how large, and where to."""
 
     to: str  # a folder for tokenizer.json and tokenizer_config.json
-    corpus: tuple[str, ...] = ("stdlib",)  # as data.corpus
+    corpus: tuple[str, ...] = (STDLIB,)  # as data.corpus
     field: str = "text"  # as data.field
     held_out: float = 0.05  # as data.held_out: what is held out is not looked at
     vocab_size: int = 32768  # tokens at most

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -96,12 +96,22 @@ def export(
     Dtypes are kept: in a BF16 model the routers stay float32. ``eos``: the token that ends a text, for whoever
     generates. With ``fp8`` projections are written in 8 bits: model/huggingface_fp8.py. Raises ValueError where
     ``folder`` is not empty, the layout has no place for a choice of ``config``, or ``source`` does not fit it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"to={folder} must be a folder that does not exist yet, or is empty")
+    refuse_full(folder)
     values = describe(config, str(source.dtype("embedding.weight")).removeprefix("torch."), eos)
     tensors = publish(source, config)
     if fp8:
         values, tensors = values | {"quantization_config": QUANTISED}, quantise_pending(tensors)
+    write_folder(folder, values, tensors, shard)
+
+
+def refuse_full(folder: Path) -> None:
+    """Raises ValueError where ``folder`` is there and not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"to={folder} must be a folder that does not exist yet, or is empty")
+
+
+def write_folder(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Pending], shard: int) -> None:
+    """A published model: config.json, and the tensors in files of ``shard`` bytes; the index comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(values, indent=2) + "\n")
     write_shards(folder, tensors, shard)

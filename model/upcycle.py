@@ -21,10 +21,10 @@ from torch import Tensor
 
 from model.build import allocate, draw
 from model.config import ModelConfig, MoEConfig, ScoreFunction
-from model.huggingface import Resident, open_published
+from model.huggingface import Resident, open_published, refuse_full, write_folder
 from model.huggingface_config import FILE, describe, read_config
 from model.huggingface_names import Piece, cut, repeat
-from model.shards import SHARD, Index, Pending, Shards, write_shards
+from model.shards import SHARD, Index, Pending, Shards
 from model.upcycle_config import UpcycleConfig
 
 EXPERT = re.compile(r"(.*\.mlp\.)experts\.(\d+)\.((?:gate|up|down)_proj\.weight)")
@@ -38,8 +38,7 @@ def upcycle(published: Path, folder: Path, wanted: UpcycleConfig, shard: int = S
     Raises ValueError, before anything is written, where ``folder`` is not empty, or ``published`` cannot be read, has
     experts already or does not divide.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"to={folder} must be a folder that does not exist yet, or is empty")
+    refuse_full(folder)
     dense = read_config(published)
     config = add_experts(dense, wanted)
     shapes = Resident(allocate(dense, torch.float32, "meta")).shapes()
@@ -49,9 +48,7 @@ def upcycle(published: Path, folder: Path, wanted: UpcycleConfig, shard: int = S
     pieces = cut(config, Resident(allocate(config, torch.float32, "meta")).shapes())
     tensors = {piece.published: _plan(piece, source, config, wanted) for piece in pieces}
     tensors |= {copy: tensors[original] for copy, original in repeat(config).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(values, indent=2) + "\n")
-    write_shards(folder, tensors, shard)
+    write_folder(folder, values, tensors, shard)
     return config
 
 

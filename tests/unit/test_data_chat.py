@@ -71,7 +71,7 @@ def test_tokens_are_those_of_the_published_template(chat: Chat, saved: Path) -> 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(saved), chat_template=JINJA[chat], bos_token=BEGIN[chat])
     ours = load_tokenizer(str(saved), EOS)
     for number in range(7):
-        messages = take_messages(talk(number))
+        messages = take_messages(chat, talk(number))
         assert isinstance(messages, tuple)
         parts = render(messages[0], chat)
         rows = [ours.encode_mark(part.text) if part.mark else ours.encode(part.text) for part in parts]
@@ -158,13 +158,15 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_conversation_is_named(name: str) -> None:
     value, why = BAD[name]
-    found = take_messages(value)
+    found = take_messages(Chat.chatml, value)
     assert isinstance(found, str) and found.startswith(why)
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.chat=deepseek has no place for what a tool says"):
-        render([("tool", "x"), ("assistant", "y")], Chat.deepseek)
+    told = [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]
+    assert isinstance(take_messages(Chat.chatml, told), tuple)
+    refused = take_messages(Chat.deepseek, told)
+    assert isinstance(refused, str) and refused.endswith("a role is one of system, user, assistant, content is text")
     (tmp_path / "text").mkdir()
     for number in range(30):
         (tmp_path / "text" / f"{number}.txt").write_text("a text\n")
@@ -176,3 +178,13 @@ def test_mistakes(tmp_path: Path) -> None:
     inner.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"data\.chat writes <\|im_start\|>, and data\.tokenizer=.* has no such token"):
         make(tmp_path, Chat.chatml, str(tmp_path / "tokenizer.json"))
+
+
+def test_a_prepared_folder_stays_what_it_was_made_for(tmp_path: Path) -> None:
+    made = make(tmp_path, Chat.chatml)
+    words: dict[str, Any] = {"sequence_length": 8, "corpus": (str(made.folder),), "held_out": 0.2}
+    assert prepare(DataConfig(**words, chat=Chat.chatml)).digest == made.digest
+    with pytest.raises(ValueError, match=r"^data\.chat=None, but data\.corpus=.* was prepared with chatml"):
+        prepare(DataConfig(**words))
+    with pytest.raises(ValueError, match=r"^data\.fim=0\.1, but data\.corpus=.* was prepared with 0\.0"):
+        prepare(DataConfig(**words, fim=0.1))

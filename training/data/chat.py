@@ -54,15 +54,16 @@ TEMPLATES = {
 }
 
 
-def take_messages(value: Any) -> tuple[list[Message]] | str:
-    """The messages of a record, or why they are none."""
+def take_messages(chat: Chat, value: Any) -> tuple[list[Message]] | str:
+    """The messages of a record, or why they are none, or none that can be written as ``chat`` says."""
+    roles = TEMPLATES[chat].before
     if not isinstance(value, list) or not value:
         return "is no list of messages"
     found = []
     for number, message in enumerate(value):
         role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str):
-            return f"has no role and content in message {number}: a role is one of {', '.join(ROLES)}, content is text"
+        if role not in roles or not isinstance(content, str):
+            return f"has no role and content in message {number}: a role is one of {', '.join(roles)}, content is text"
         try:
             content.encode()
         except UnicodeEncodeError:
@@ -74,12 +75,10 @@ def take_messages(value: Any) -> tuple[list[Message]] | str:
 
 
 def render(messages: list[Message], chat: Chat) -> list[Part]:
-    """A conversation in parts. Raises ValueError for a role that the template has no place for."""
+    """A conversation in parts."""
     template = TEMPLATES[chat]
     parts = [Part(template.begin, True, False)]
     for role, content in messages:
-        if role not in template.before:
-            raise ValueError(f"data.chat={chat} has no place for what a {role} says")
         counted = role == ANSWER
         parts += [Part(template.before[role], True, False), Part(content, False, counted)]
         parts += [Part(template.behind[role], True, counted), Part(template.end, True, False)]

@@ -69,6 +69,8 @@ def _open_theirs(config: DataConfig, tokenizer: Tokenizer, thorough: bool) -> Pr
         raise ValueError(
             f"data.corpus={','.join(config.corpus)} must be one pair of Megatron's files; several are a data.mixture"
         )
+    if config.chat is not None or config.fim:
+        raise ValueError(f"data.chat={config.chat} and data.fim={config.fim} need text: {name} is tokens already")
     splits, digest = open_megatron(name, config.held_out, tokenizer.eos)
     most = float("inf") if thorough else config.verify_gigabytes * 1e9 / len(SPLITS)
     verified = sum(split.check(tokenizer.vocab_size, most) for split in splits.values())
@@ -86,10 +88,10 @@ def _find_prepared(config: DataConfig, tokenizer: Tokenizer) -> Path | None:
             f"data.tokenizer={config.tokenizer}, but data.corpus={folder} was prepared with another, "
             f"{identity['tokenizer']['name']} (sha256 {identity['tokenizer']['sha256'][:12]})"
         )
-    if identity["held_out"] != config.held_out:
-        raise ValueError(
-            f"data.held_out={config.held_out}, but data.corpus={folder} was prepared with {identity['held_out']}"
-        )
+    was = {"held_out": identity["held_out"], "fim": identity.get("fim", 0.0), "chat": identity.get("chat")}
+    for key, value in was.items():
+        if (asked := getattr(config, key)) != value:
+            raise ValueError(f"data.{key}={asked}, but data.corpus={folder} was prepared with {value}")
     return folder
 
 

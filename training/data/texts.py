@@ -1,7 +1,7 @@
 """The texts of a shard, read from the files of a corpus: whole, in pieces, or as records that belong to its split."""
 
-import json
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -72,7 +72,8 @@ def read_chosen(
 ) -> Iterator[Piece]:
     """The records in bytes ``piece`` of a file that belong to ``split``."""
     check_unchanged(path, path.stat(), document)
-    for found in read_records(path, piece, setup.field, take_text if setup.chat is None else take_messages):
+    take = take_text if setup.chat is None else partial(take_messages, Chat(setup.chat))
+    for found in read_records(path, piece, setup.field, take):
         if isinstance(found, Bad):
             if setup.malformed == "fail":
                 raise ValueError(f"{path}:{found.line}: {found.why}; data.malformed=skip leaves such records out")
@@ -85,7 +86,7 @@ def read_chosen(
 
 def write_name(found: Any) -> bytes:
     """What says of a record on which side it is."""
-    return found.encode() if isinstance(found, str) else json.dumps(found).encode()
+    return found.encode() if isinstance(found, str) else repr(found).encode()
 
 
 def make_conversation(messages: list[Message], chat: Chat) -> Piece:
