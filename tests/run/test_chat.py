@@ -1,6 +1,7 @@
 """Fine-tuning on conversations: a run learns the answers, and any number of ranks trains on the same ones."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_conversations_that_are_too_long_are_said(place: Path) -> None:
         record["messages"].append({"role": "assistant", "content": "as always, " * 20})
     write_lines(place / "talks.jsonl", records)
     said, _ = train(place, "cut", "run.steps=1")
-    assert "39 of 321 conversations are longer than data.sequence_length, and cut" in said
+    assert re.search(r"^[34]\d of 3\d\d conversations are longer than data.sequence_length, and cut$", said, re.MULTILINE)
     words = [*COMMAND, *WORDS, "data.sequence_length=64", "run.id=none"]
     done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "data.sequence_length=64 is shorter than every conversation" in done.stderr
