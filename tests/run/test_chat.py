@@ -55,7 +55,7 @@ def test_conversations_that_are_too_long_are_said(place: Path) -> None:
         record["messages"].append({"role": "assistant", "content": "as always, " * 20})
     write_lines(place / "talks.jsonl", records)
     said, _ = train(place, "cut", "run.steps=1")
-    assert re.search(r"^[34]\d of 3\d\d conversations are longer than data.sequence_length, and cut$", said, re.MULTILINE)
+    assert re.search(r"^\d+ of 3\d\d conversations are longer than data.sequence_length, and cut$", said, re.M)
     words = [*COMMAND, *WORDS, "data.sequence_length=64", "run.id=none"]
     done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "data.sequence_length=64 is shorter than every conversation" in done.stderr
