@@ -70,16 +70,17 @@ class Mixture:
 
     def order(self, first: int, count: int) -> list[tuple[int, int]]:
         """Of each position, which corpus it is of, and which of the corpus' own positions it is."""
-        found = []
-        for position in range(first, first + count):
-            # Whoever fills up a batch behind the end of a run gets the last block once more.
-            block = min(int(np.searchsorted(self._starts, position, side="right")) - 1, len(self._starts) - 2)
-            counts = self._before[block + 1] - self._before[block]
-            size, ends = int(counts.sum()), np.cumsum(counts)
-            inside = np.array([(position - int(self._starts[block])) % size])
-            place = int(permute(inside, size, self._seed, block)[0])
-            number = int(np.searchsorted(ends, place, side="right"))
-            found.append((number, int(self._before[block][number]) + place - int(ends[number] - counts[number])))
+        positions = np.arange(first, first + count)
+        # Whoever fills up a batch behind the end of a run gets the last block once more.
+        blocks = np.minimum(np.searchsorted(self._starts, positions, side="right") - 1, len(self._starts) - 2)
+        found: list[tuple[int, int]] = []
+        for block in np.unique(blocks).tolist():
+            before, counts = self._before[block], self._before[block + 1] - self._before[block]
+            inside = (positions[blocks == block] - self._starts[block]) % counts.sum()
+            places, ends = permute(inside, int(counts.sum()), self._seed, block), np.cumsum(counts)
+            numbers = np.searchsorted(ends, places, side="right")
+            own = before[numbers] + places - (ends - counts)[numbers]
+            found += zip(numbers.tolist(), own.tolist(), strict=True)
         return found
 
     def describe(self, total: int) -> list[str]:
