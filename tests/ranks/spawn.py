@@ -89,9 +89,25 @@ def _collect(processes: list[BaseProcess], channels: list[Connection], folder: P
         fresh = [_receive(channels.index(channel), channel) for channel in ready]  # type: ignore[arg-type]
         answers |= {answer.rank: answer for answer in fresh}
         failed = [answer for answer in fresh if answer.error is not None]
+        if failed:
+            failed += _receive_late(channels, answers)
         if failed or not ready:
             raise RankError(_explain(failed, answers, processes, folder, timeout))
     return [answers[rank].value for rank in range(len(channels))]
+
+
+def _receive_late(channels: list[Connection], answers: dict[int, Answer]) -> list[Answer]:
+    """Further failures within a moment: a rank that is killed closes its connections one by one, its pipe not first."""
+    deadline = time.monotonic() + GRACE / 5
+    late = []
+    while open_channels := [channel for rank, channel in enumerate(channels) if rank not in answers]:
+        ready = wait(open_channels, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        fresh = [_receive(channels.index(channel), channel) for channel in ready]  # type: ignore[arg-type]
+        answers |= {answer.rank: answer for answer in fresh}
+        late += [answer for answer in fresh if answer.error is not None]
+    return late
 
 
 def _receive(rank: int, channel: Connection) -> Answer:
