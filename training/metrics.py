@@ -2,6 +2,7 @@
 
     metrics.jsonl    {"kind": "start", ...}                            once
                      {"kind": "step", "step": 0, "loss": 5.6, ...}     every step: the fields of ``StepRow``
+                     {"kind": "load", "step": 0, "load": [[9, 7], ..]} now and then: tokens of every expert by layer
                      {"kind": "eval", "step": 100, "loss": 2.1, ...}   every evaluation
                      {"kind": "checkpoint", "step": 100, ...}          every checkpoint: bytes, how long steps waited
                      {"kind": "retry", "step": 100}                    a step that was finite when taken again
@@ -11,6 +12,11 @@
 
 Losses are nats a token. A number that is not finite is null, which JSON can say. Each line goes to the operating system
 as soon as it is complete, so a crash of the process loses none.
+
+Loads [L, E] are counts of one step's whole global batch, routed layers in the model's order, those of multi-token
+prediction last. They are of every ``spacing(run.steps)``-th step and of the last: some ``LOADS`` rows however long a
+run is. Preset deepseek_v3, 59 layers of 256 experts: 27 MB beside 125 MB of 243,261 steps. A row comes before that of
+its step: who reads the last lines of a record finds a step there.
 """
 
 import json
@@ -22,7 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-STEPPED = ("step", "eval")  # rows of what is done at a step, which a run that is resumed may do again
+STEPPED = ("step", "load", "eval")  # rows of what is done at a step, which a run that is resumed may do again
+LOADS = 200  # rows of kind "load" in a run, and one more at its end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +56,17 @@ class StepRow:
     bytes_across: int  # the same to other machines
     skipped: bool  # loss or gradient were not finite: the weights have not moved
     peak_memory: int  # bytes
+    load: tuple[tuple[int, ...], ...] = ()  # tokens of every expert, layer by layer, in a step that shows them
+
+
+def spacing(steps: int) -> int:
+    """From one step whose loads are recorded to the next, in a run of so many."""
+    return max(1, -(-steps // LOADS))
+
+
+def shows_load(step: int, steps: int) -> bool:
+    """Whether ``step`` of ``steps`` is one whose loads are recorded."""
+    return step % spacing(steps) == 0 or step == steps - 1
 
 
 class Writer(Protocol):
@@ -99,8 +117,11 @@ class Record:
             os.fsync(self._file.fileno())
 
     def write_step(self, row: StepRow) -> None:
-        """Adds a step."""
-        self.write("step", **asdict(row))
+        """Adds a step, behind its loads if it shows them."""
+        fields = asdict(row)
+        if load := fields.pop("load"):
+            self.write("load", step=row.step, load=load)
+        self.write("step", **fields)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Adds a row of any ``kind``."""

@@ -17,7 +17,7 @@ from parallel.exchange import take_travelled
 from parallel.topology import Axis
 from training.determinism import measure_peak_memory
 from training.evaluate import move
-from training.metrics import StepRow
+from training.metrics import StepRow, shows_load
 from training.microbatches import count_denominators, total_over_ranks, total_travel
 from training.rates import rate
 from training.setup import Setup
@@ -79,4 +79,5 @@ def run_step(
         bytes_across=travel.across,
         skipped=not update.applied,
         peak_memory=measure_peak_memory(mesh.device),
+        load=tuple(map(tuple, totals.load.tolist())) if shows_load(step, config.run.steps) else (),
     )

@@ -129,7 +129,9 @@ def check_schedule(folder: Path, topology: Topology, schedule: str) -> None:
 
 
 def check_steps(folder: Path, reference: Path, topology: Topology) -> None:
-    """Every step's row."""
+    """Every step's row, and the loads of every expert."""
+    loads, wanted = (read(path / "metrics.jsonl", "load") for path in (folder, reference))
+    assert loads == wanted and [row["step"] for row in loads] == [0, 1, 2, 3]
     ours, theirs = (read(path / "metrics.jsonl", "step") for path in (folder, reference))
     assert len(ours) == len(theirs) == 4 and [row["tokens"] // 16 for row in ours] == [4, 4, 8, 8]
     for row, expected in zip(ours, theirs, strict=True):

@@ -4,13 +4,14 @@ import importlib.util
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from training.config import Sink
-from training.metrics import Record, StepRow, read
+from training.metrics import LOADS, Record, StepRow, read, shows_load
 from training.sinks import open_record, open_sinks, scalars
 
 
@@ -86,6 +87,36 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     (found,) = read(path, "step")
     assert found["loss"] is None and found["grad_norm"] is None and found["mtp_losses"] == [None, 1.0]
     assert "NaN" not in path.read_text()
+
+
+def test_loads_are_a_row_before_their_steps(tmp_path: Path) -> None:
+    """So that whoever reads the last lines finds a step there, however large its loads are."""
+    path, sink = tmp_path / "metrics.jsonl", Kept()
+    with Record(path, [sink]) as record:
+        record.write_step(row(0, load=((3, 5), (8, 0))))
+        record.write_step(row(1))
+    assert [(found["kind"], found["step"]) for found in sink.rows] == [("load", 0), ("step", 0), ("step", 1)]
+    assert read(path, "load") == [{"kind": "load", "step": 0, "load": [[3, 5], [8, 0]]}]
+    assert not any("load" in found for found in read(path, "step"))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 199, 200, 201, 300, 4000, 243_261, 10**6])
+def test_loads_are_recorded_a_few_hundred_times(steps: int) -> None:
+    shown = [step for step in range(steps) if shows_load(step, steps)]
+    assert shown[0] == 0 and shown[-1] == steps - 1 and min(steps, LOADS) / 2 <= len(shown) <= LOADS + 1
+    assert len({after - before for before, after in pairwise(shown[:-1])}) <= 1, "at equal distances"
+
+
+def test_a_record_that_goes_back_forgets_loads_as_it_does_steps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Record(path) as record:
+        for step in range(4):
+            record.write_step(row(step, load=((step, 5),)))
+    with Record(path) as record:
+        record.rewind(2)
+        record.write_step(row(2, load=((7, 7),)))
+    assert [found["load"] for found in read(path, "load")] == [[[0, 5]], [[1, 5]], [[7, 7]]]
+    assert [found["step"] for found in read(path, "step")] == [0, 1, 2]
 
 
 def test_sinks_get_numbers_by_name() -> None:

@@ -26,7 +26,7 @@ from training.config import Precision
 from training.finish import Ending
 from training.interrupt import Interrupt
 from training.loop import train
-from training.metrics import read
+from training.metrics import STEPPED, read
 from training.ramp import BatchSchedule, Level
 from training.step import run_step
 
@@ -40,7 +40,7 @@ def make(text: Path, *, every: int = 2, keep: int = 9, minutes: float | None = N
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     clocks = ("seconds", "tokens_per_second", "peak_memory")
-    found = [*read(folder / "metrics.jsonl", "step"), *read(folder / "metrics.jsonl", "eval")]
+    found = [row for kind in STEPPED for row in read(folder / "metrics.jsonl", kind)]
     return [{k: v for k, v in row.items() if k not in clocks} for row in found]
 
 

@@ -17,7 +17,7 @@ from launcher.compose import Composer
 from launcher.follow import Log, clean
 from launcher.slurm import jobs
 from launcher.slurm.queue import Job
-from launcher.standing import forecast, read_beats, read_progress, read_steps, stand
+from launcher.standing import TAIL, forecast, read_beats, read_progress, read_steps, stand
 from launcher.status import judge
 from training.health.beat import Beat, Ending, locate, name_process, write
 
@@ -53,6 +53,13 @@ def test_progress_is_what_the_last_lines_say(tmp_path: Path) -> None:
 def test_a_record_longer_than_what_is_read(tmp_path: Path) -> None:
     progress = read_progress(record(tmp_path, *(step(number, pad="x" * 900) for number in range(200)), END))
     assert (progress.step, progress.ending) == (200, "finished")
+
+
+def test_a_step_with_the_loads_of_many_experts(tmp_path: Path) -> None:
+    """Those are longer than what is read of a record; the step stands behind them."""
+    load = {"kind": "load", "step": 1, "load": [[10**6] * 256] * 58}
+    progress = read_progress(record(tmp_path, step(0), load, step(1)))
+    assert len(json.dumps(load)) > TAIL and (progress.step, progress.loss) == (2, 4.0)
 
 
 @pytest.mark.parametrize("rest", ["", "\n\n", "[1]\n", "nonsense\n", '{"kind": "step"'])

@@ -88,6 +88,17 @@ def test_the_loss_is_the_sum_over_the_number_of_labels(pages: Path) -> None:
     assert row is not None and row.loss == pytest.approx(totals.losses[0].item() / expected[0], rel=1e-13)
 
 
+def test_loads_are_those_of_the_whole_batch(pages: Path) -> None:
+    """Each token counts once for each of its experts, in every routed layer; and only where the record shows it."""
+    setup = open_pages(pages, micro_batch=2, steps=500)
+    model, shown, quiet = setup.config.model, run_step(setup, 0, never), run_step(setup, 1, never)
+    assert shown is not None and quiet is not None and quiet.load == ()
+    assert [len(layer) for layer in shown.load] == [model.moe.experts] * len(model.routed_blocks())
+    assert {sum(layer) for layer in shown.load[: -model.mtp.depth]} == {shown.tokens * model.moe.top_k}
+    assert max(max(layer) / sum(layer) * len(layer) - 1 for layer in shown.load) == shown.violation_worst
+    assert sum(layer.count(0) for layer in shown.load) == shown.dead_experts
+
+
 def test_micro_batches_without_labels_are_no_division_by_zero(pages: Path) -> None:
     setup = open_pages(pages, micro_batch=2)
     batch = setup.text.train.read(0, 2)
