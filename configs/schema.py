@@ -43,6 +43,8 @@ class TrainConfig:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, what data.tokenizer=bytes has"
             )
+        if self.data.held_out == 1:
+            raise ValueError("data.held_out=1 must be below 1: else there is nothing to train on")
         if self.profile.range().stop > self.run.steps:
             raise ValueError(
                 f"profile.steps={self.profile.steps} must not go beyond the last step: run.steps={self.run.steps}"

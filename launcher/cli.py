@@ -47,6 +47,7 @@ VERBS = {
     "tokenizer": "launcher.tokenizer",
     "prepare": "launcher.prepare",
     "generate": "launcher.generate",
+    "eval": "launcher.evaluation.command",
     "export": "launcher.export",
     "upcycle": "launcher.upcycle",
     "checkpoint": "launcher.checkpoint",

@@ -15,13 +15,13 @@ from launcher.entry import enter
 from launcher.logs import log_of
 
 if TYPE_CHECKING:
-    from launcher.invocation import Invocation
     from parallel.topology import Topology
     from training.finish import Ending
 
 
-def join(config: RunConfig, rank: Rank, invocation: "Invocation") -> "Ending":
-    """Trains as a rank that somebody else started, torchrun for example; rank 0 is the one whose lines are seen.
+def join(config: RunConfig, rank: Rank, make: Maker) -> "Ending | None":
+    """Does what the folder that ``make`` makes asks for, as a rank that somebody else started, torchrun for example;
+    rank 0 is the one whose lines are seen. None where that was not to train.
 
     Raises ValueError for a mistake on rank 0; on other ranks SystemExit, so that it is printed once. SystemExit on all
     ranks, after a report of rank 0, if the layout's proof failed.
@@ -30,14 +30,13 @@ def join(config: RunConfig, rank: Rank, invocation: "Invocation") -> "Ending":
 
     made = []
 
-    def make(topology: "Topology") -> Path:
-        made.append(folder.create(config, invocation, gate.admit(config, topology, invocation)))
-        print(f"run {made[0]}", flush=True)
+    def make_once(topology: "Topology") -> Path:
+        made.append(make(topology))
         return made[0]
 
     try:
         with enter(rank, config.network) as rank:
-            ending = record(take_part)(config, rank, make, own_log=rank.rank > 0)
+            ending = record(take_part)(config, rank, make_once, own_log=rank.rank > 0)
     except gate.UnprovedError as error:
         if rank.rank == 0:
             print(error, file=sys.stderr)
@@ -50,7 +49,6 @@ def join(config: RunConfig, rank: Rank, invocation: "Invocation") -> "Ending":
         for path in made:
             folder.discard_unstarted(path)
         raise
-    assert ending is not None
     return ending
 
 
@@ -59,13 +57,15 @@ def take_part(config: RunConfig, rank: Rank, make: Maker, own_log: bool = False)
 
     With ``own_log``, what is printed goes to the rank's log instead. Raises ValueError, on every rank the same, where
     the configurations differ, do not fit the number of ranks, or ``make`` refuses; so with its ``UnprovedError``, and
-    with UnfitError where a machine is unfit. Returns None where machines are checked alone (launcher/preflight/).
+    with UnfitError where a machine is unfit. Returns None where the folder asks for an evaluation, or machines are
+    checked alone: launcher/evaluation/, launcher/preflight/.
     """
     from parallel.mesh import meet
 
     store, _, _ = meet()
     path = agree(store, config, rank, make)
     check_devices(config, rank)
+    from launcher.evaluation import job
     from launcher.preflight.check import open_preflight
     from training.loop import train_on
     from training.machine import join_mesh
@@ -80,6 +80,9 @@ def take_part(config: RunConfig, rank: Rank, make: Maker, own_log: bool = False)
         if preflight is not None:
             preflight.check_machines()
         with join_mesh(config) as mesh:
+            if (request := job.read(path)) is not None:
+                job.serve(mesh, config, path, request)
+                return None
             if preflight is not None:
                 preflight.check_network(mesh)
                 if preflight.alone:

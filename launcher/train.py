@@ -7,12 +7,14 @@ a rank of somebody else's   torchrun, srun or mpirun ... -m launcher.train: this
 
 import os
 import sys
+from pathlib import Path
 
 from configs.preflight import When
 from configs.schema import RunConfig
 from launcher import cli, folder, gate, ranks
 from launcher.discover import discover
 from launcher.invocation import Invocation
+from parallel.topology import Topology
 from training.checkpoint import fence
 
 SUMMARY = "train a model: prepare the text, run the steps, save weights, metrics and a sample"
@@ -28,7 +30,14 @@ def run(config: RunConfig, invocation: Invocation) -> int:
     if rank is not None:
         from launcher.member import join
 
-        return CODES[join(config, rank, invocation)]
+        def make(topology: Topology) -> Path:
+            path = folder.create(config, invocation, gate.admit(config, topology, invocation))
+            print(f"run {path}", flush=True)
+            return path
+
+        ending = join(config, rank, make)
+        assert ending is not None
+        return CODES[ending]
     topology = ranks.check_own(config)
     try:
         proof = gate.admit(config, topology, invocation)

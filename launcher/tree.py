@@ -4,7 +4,8 @@ With launcher/compose.py and launcher/explain.py, one of the three files that kn
 """
 
 import re
-from dataclasses import is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ def compose_plain(schema: type, overrides: tuple[str, ...]) -> tuple[Any, str]:
     with explained(table):
         for word in overrides:
             key, _, raw = word.partition("=")
+            mapping = key.rpartition(".")[0]
+            if mapping in table and table[mapping].maps:  # a name in it, which takes a text
+                OmegaConf.update(tree, key, _escape(raw))
+                continue
             if key not in table:
                 raise ValueError(f"{word}: there is no key {key}{keys.nearest(key, table)}")
             verbatim = table[key].kind is str and not (raw == "null" and table[key].optional)
@@ -46,6 +51,34 @@ def load(path: Path) -> RunConfig:
         config = build(RunConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     assert isinstance(config, RunConfig)
     return config
+
+
+def revive(values: Mapping[str, Any], where: str) -> RunConfig:
+    """The configuration that a checkpoint's manifest ``where`` has as plain values, none of which is evaluated."""
+    table = keys.table(RunConfig)
+    try:
+        with explained(table):
+            config = build(
+                RunConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(_quote(values)))
+            )
+    except ValueError as error:
+        raise ValueError(f"{where} is of another version of this program: {error}") from None
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def describe(config: RunConfig) -> str:
+    """``config`` as the YAML that ``load`` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(_quote(asdict(config))))
+
+
+def _quote(value: Any) -> Any:
+    """Nested values, with texts as OmegaConf has to see them to take them for nothing but texts."""
+    if isinstance(value, Mapping):
+        return {key: _quote(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_quote(each) for each in value]
+    return _escape(str(value)) if isinstance(value, str) else value
 
 
 def build(schema: type, tree: Any) -> Any:

@@ -79,7 +79,8 @@ def measure_bigram(setup: Setup) -> float:
     vocabulary, row = setup.text.tokenizer.vocab_size, setup.text.row
     if vocabulary > bigram.LARGEST or row is None:
         return math.nan
-    return bigram.bigram_loss(row, setup.text.held_out, vocabulary, count_sequences(setup))
+    held_out = setup.text.held_out
+    return bigram.bigram_loss(row, held_out, vocabulary, count_sequences(held_out, setup.config.run.eval_tokens))
 
 
 def write_sample(setup: Setup, folder: Path) -> str:

@@ -17,7 +17,7 @@ from parallel.pipeline.plan import Pipeline, evaluation, program
 from parallel.pipeline.run import Interpreter, Span
 from training.arrange import arrange_stages
 from training.determinism import NUMERICS
-from training.work import Differentiator, Evaluation, Mode, Shapes, Sums, Training
+from training.work import Differentiator, Evaluation, Forwards, Mode, Shapes, Sums, Training
 
 
 class Runner:
@@ -47,7 +47,7 @@ class Runner:
         self._lanes.idle = work.idle
         return work.sums if self._interpreter.run(steps, work, stop, spans) else None
 
-    def evaluate(self, engine: Differentiator, batches: Sequence[Batch]) -> torch.Tensor:
+    def evaluate(self, engine: Forwards, batches: Sequence[Batch]) -> torch.Tensor:
         """This rank's share of the sums of cross entropy, [1 + D]."""
         work = Evaluation(engine, batches, self._shapes)
         self._lanes.idle = work.idle

@@ -35,11 +35,11 @@ def open_text(config: TrainConfig, report: Report) -> Text:
         return _mix(config, report)
     data = prepare(config.data, report)
     check_vocabulary(data.tokenizer, config.model.vocab_size)
-    train = _pack(config, data.train, config.data.seed)
+    train = pack(config, data.train, config.data.seed)
     if isinstance(train, WholeDocuments) and train.cut:
         report(f"{train.cut:,} of {data.train.documents:,} conversations are longer than data.sequence_length, and cut")
     # Its order has a seed of its own: runs with different seeds are measured on the same labels.
-    held_out = _pack(config, data.held_out, seed=0)
+    held_out = pack(config, data.held_out, seed=0)
     return Text(data.tokenizer, train, held_out, data.digest, data.train)
 
 
@@ -57,16 +57,17 @@ def _mix(config: TrainConfig, report: Report) -> Text:
     tokenizer = next(iter(parts.values())).tokenizer
     check_vocabulary(tokenizer, config.model.vocab_size)
     total, seed = schedule_batches(config.run, config.data.sequence_length).before(config.run.steps), config.data.seed
-    train = Mixture([_pack(config, part.train, seed) for part in parts.values()], [*weights.values()], total, seed)
+    train = Mixture([pack(config, part.train, seed) for part in parts.values()], [*weights.values()], total, seed)
     for name, words in zip(parts, train.describe(total), strict=True):
         report(f"of the run {words} are {name}")
     ends = [[(0.0, knots[-1][1])] for knots in weights.values()]
     count = config.run.eval_tokens // config.data.sequence_length
-    held_out = Mixture([_pack(config, part.held_out, 0) for part in parts.values()], ends, count, 0)
+    held_out = Mixture([pack(config, part.held_out, 0) for part in parts.values()], ends, count, 0)
     return Text(tokenizer, train, held_out, digest([[part.digest for part in parts.values()], [*weights.items()]]))
 
 
-def _pack(config: TrainConfig, tokens: Row, seed: int) -> Sequences:
+def pack(config: TrainConfig, tokens: Row, seed: int) -> Sequences:
+    """``tokens`` as sequences in the order of ``seed``. ValueError where there are too few."""
     length, lookahead = config.data.sequence_length, 1 + config.model.mtp.depth
     if config.data.chat is not None:
         whole = WholeDocuments(tokens, sequence_length=length, lookahead=lookahead, seed=seed)

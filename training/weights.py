@@ -8,6 +8,8 @@ from configs.schema import TrainConfig
 from model.build import allocate
 from model.config import ModelConfig
 from model.count import count
+from model.huggingface import Resident, Source
+from model.huggingface import load as load_published
 from parallel.build import Shards, Stages, allocate_stages, build_stages
 from parallel.mesh import Mesh
 from parallel.pipeline.stages import Pipeline
@@ -20,7 +22,6 @@ def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[St
     numerics, overlap = NUMERICS[config.precision], config.parallel.overlap
     if config.init_from is None:
         return build_stages(config.model, numerics, config.run.seed, mesh, pipeline, overlap)
-    from model.huggingface import load as load_published
 
     stages, shards = allocate_stages(config.model, numerics, mesh, pipeline, overlap)
     if is_whole(stages, shards):
@@ -28,11 +29,22 @@ def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[St
         return stages, shards
     whole = allocate(config.model, numerics.dtype, "cpu")
     load_published(whole, Path(config.init_from))
-    theirs = name_tensors([whole])
-    with torch.no_grad():
-        for name, tensor in name_tensors(stages.values()).items():
-            tensor.copy_(theirs[name][shards[name].slices] if name in shards else theirs[name])
+    fill(stages, shards, Resident(whole))
     return stages, shards
+
+
+def load_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline, source: Source) -> Stages:
+    """This rank's part of the model with the weights of the whole that ``source`` has."""
+    stages, shards = allocate_stages(config.model, NUMERICS[config.precision], mesh, pipeline, config.parallel.overlap)
+    fill(stages, shards, source)
+    return stages
+
+
+@torch.no_grad()
+def fill(stages: Stages, shards: Shards, source: Source) -> None:
+    """Sets what this rank has from the whole model's tensors, of each the part that is here. Experts are in order."""
+    for name, tensor in name_tensors(stages.values()).items():
+        tensor.copy_(source.read(name, shards[name].slices if name in shards else ()))
 
 
 def is_whole(stages: Stages, shards: Shards) -> bool:

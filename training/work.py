@@ -29,11 +29,15 @@ from parallel.pipeline.run import Work
 from training.engine import Hidden, Unrolling
 
 
-class Differentiator(Protocol):
-    """What a step needs of an engine."""
+class Forwards(Protocol):
+    """What an evaluation needs of an engine."""
 
     def forward(self, stage: int, *args: Any) -> Any:
         """See ``Engine``."""
+
+
+class Differentiator(Forwards, Protocol):
+    """What a step needs of an engine."""
 
     def backward(self, stage: int, loss: Tensor, hidden: Hidden = None) -> None:
         """See ``Engine``."""
@@ -214,7 +218,7 @@ class Training(Work):
 class Evaluation(Work):
     """Forwards alone; ``losses`` [1 + D] in float64 when they are done. See ``parallel.pipeline.run.Work``."""
 
-    def __init__(self, engine: Differentiator, batches: Sequence[Batch], shapes: Shapes) -> None:
+    def __init__(self, engine: Forwards, batches: Sequence[Batch], shapes: Shapes) -> None:
         self._engine, self._batches, self._shapes = engine, batches, shapes
         # What a loss would be divided by for a backward: the sums that are read here come undivided.
         self._denominators = Denominators((1.0,) * shapes.losses, 1.0)

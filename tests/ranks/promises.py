@@ -137,7 +137,7 @@ def save(stand: Stand, step: int, notes: list[str]) -> None:
 def measure_the_whole_split(stand: Stand) -> bool:
     """An evaluation gives the loss of the plain model on all its sequences."""
     config, held_out = stand.setup.config, stand.setup.text.held_out
-    batch = held_out.read(0, count_sequences(stand.setup))
+    batch = held_out.read(0, count_sequences(held_out, config.run.eval_tokens))
     plain = build(config.model, torch.float64, "cpu", config.run.seed)
     depth = config.model.mtp.depth
     total = plain(batch, Denominators((1.0,) * (1 + depth), 1.0)).sums[0].item()
@@ -272,7 +272,7 @@ KEEPER, RESUME = "training/checkpoint/keeper.py", "training/checkpoint/resume.py
 SETTLE, REASONS = Site(KEEPER, "Keeper.settle", "agree"), Site(KEEPER, "Keeper._give_up", "tell")
 NEWEST, DAMAGE, REFUSAL = Site(RESUME, "_newest", "sum_over"), *(Site(RESUME, "resume", "tell", n) for n in (0, 1))
 COMPARE = Site("training/health/fingerprint.py", "compare_holders", "all_gather")
-LABELS, LOSS = (Site(EVALUATE, "evaluate", "sum_over", index) for index in range(2))
+LABELS, LOSS = (Site(EVALUATE, "measure", "sum_over", index) for index in range(2))
 TRAVELLED = Site("training/microbatches.py", "total_travel", "sum_over")
 MOVED = Site("training/placer.py", "Placer.take", "sum_over")
 SEND, RECEIVE = Site(COLLECT, "_collect", "dist.send"), Site(COLLECT, "_collect", "dist.recv")

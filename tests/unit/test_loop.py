@@ -99,8 +99,9 @@ def test_weights_load_bit_for_bit(text: Path, tmp_path: Path) -> None:
 def test_held_out_loss_is_the_mean_over_its_labels(text: Path) -> None:
     config = make_run(text, precision=Precision.fp64, data={"mask_documents": False}, model=make_config(vocab_size=264))
     setup = open_run(config)
-    batch = setup.text.held_out.read(0, count_sequences(setup))
-    assert count_sequences(setup) == 16  # 256 tokens
+    count = count_sequences(setup.text.held_out, setup.config.run.eval_tokens)
+    batch = setup.text.held_out.read(0, count)
+    assert count == 16  # 256 tokens
     logits = setup.stages[0].logits(batch.ids[:, :-1])
     right = logits.log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
     expected = -right[batch.counted[:, 1:]].mean()
@@ -108,8 +109,8 @@ def test_held_out_loss_is_the_mean_over_its_labels(text: Path) -> None:
 
 
 def test_evaluation_reads_no_sequence_twice(text: Path) -> None:
-    setup = open_run(make_run(text, eval_tokens=1 << 20))
-    assert setup.text.held_out.sequences - 4 < count_sequences(setup) <= setup.text.held_out.sequences
+    held_out = open_run(make_run(text, eval_tokens=1 << 20)).text.held_out
+    assert held_out.sequences - 4 < count_sequences(held_out, 1 << 20) <= held_out.sequences
 
 
 def test_stays_infinite_for_too_long(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

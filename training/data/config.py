@@ -40,7 +40,7 @@ class DataConfig:
     # Records are conversations, in data.field (messages), to be fine-tuned on: answers count, and are not cut.
     chat: Chat | None = None
     fim: float = 0.0  # share of the documents to train on that have their middle at the end: training/data/middle.py
-    held_out: float = 0.05  # share of the documents kept for evaluation: chosen by file, records by their text
+    held_out: float = 0.05  # share of the documents kept for evaluation: chosen by file, records by their text; 1: all
     mask_documents: bool = False  # tokens do not attend across document boundaries
     seed: int = 0  # of the shuffle
     workers: int | None = None  # processes that tokenise; null: all cores
@@ -64,8 +64,8 @@ class DataConfig:
             )
         if not 0 <= self.fim <= 1:
             raise ValueError(f"data.fim={self.fim} must lie in 0..1: it is a share of the documents")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"data.held_out={self.held_out} must lie between 0 and 1: it is a share of the text")
+        if not 0 < self.held_out <= 1:
+            raise ValueError(f"data.held_out={self.held_out} must be above 0 and at most 1: it is a share of the text")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"data.workers={self.workers} must be at least 1 (null: all cores)")
         if not self.verify_gigabytes >= 0:

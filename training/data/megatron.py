@@ -75,7 +75,7 @@ def open_megatron(name: str, held_out: float, eos: int) -> tuple[dict[str, Megat
     index = Path(name).expanduser().with_suffix(".idx")
     content, starts = _map(index)
     cut = int(np.searchsorted(starts, int(len(content) * (1 - held_out))))
-    if not 0 < cut < len(starts):
+    if not (cut > 0 or held_out == 1) or cut >= len(starts):
         raise ValueError(
             f"data.held_out={held_out} leaves one split of {index} empty: it has {len(starts)} documents, and "
             "whole ones are held out"

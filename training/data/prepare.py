@@ -117,7 +117,7 @@ def _plan_job(config: DataConfig, tokenizer: Tokenizer) -> Job:
     survey = take_survey(sources, config.held_out)
     if config.chat is not None and survey.documents[SPLITS[0]] != survey.records:
         raise ValueError(f"data.chat={config.chat} needs records of conversations, and data.corpus has other texts too")
-    for split in SPLITS:
+    for split in SPLITS[1:] if config.held_out == 1 else SPLITS:
         if not survey.documents[split]:
             raise ValueError(
                 f"data.held_out={config.held_out} leaves {split} empty: {sum(survey.documents.values())} text files in "
