@@ -185,7 +185,10 @@ def _partition(model: nn.Module, groups: Groups, config: OptimizerConfig, group:
 
     names = {parameter: name for name, parameter in model.named_parameters()}
     elements = sum(parameter.numel() for parameter in names)
-    deepspeed.zero.Init(model, group, mem_efficient_linear=False, dtype=next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    # It refuses float64 where the processor has float16; it is what a model that is made inside of it would have.
+    allowed = torch.float32 if dtype is torch.float64 else dtype
+    deepspeed.zero.Init(model, group, mem_efficient_linear=False, dtype=allowed)
     zero = Stage3(
         model,
         torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True),

@@ -42,6 +42,7 @@ from training.metrics import Record
 from training.microbatches import total_travel
 from training.placer import Placer
 from training.profile import Profile
+from training.sets import open_shared_sets
 from training.setup import Setup, set_up
 from training.steps import run_steps
 from training.text import open_shared_text
@@ -189,6 +190,11 @@ def open_what_rank_0_prepared(stand: Stand) -> bool:
     return stay_together(stand, lambda: open_shared_text(stand.setup.config, print, stand.setup.mesh))
 
 
+def open_the_sets_that_rank_0_prepared(stand: Stand) -> bool:
+    """No rank opens a text to be measured before rank 0 has."""
+    return stay_together(stand, lambda: open_shared_sets(stand.setup.config, {}, print, stand.setup.mesh))
+
+
 def begin_profiles_together(stand: Stand) -> bool:
     """No rank takes a step that is to be profiled before all can."""
     profile = make_profile(stand)
@@ -253,6 +259,7 @@ PROMISES: dict[str, Callable[[Stand], bool]] = {
     "moved": count_the_moved,
     "wait": wait_for_the_last,
     "open": open_what_rank_0_prepared,
+    "open sets": open_the_sets_that_rank_0_prepared,
     "begin": begin_profiles_together,
     "join": join_what_all_have_seen,
     "leave": leave_together,
@@ -260,6 +267,7 @@ PROMISES: dict[str, Callable[[Stand], bool]] = {
 }
 AGREE, EVALUATE, COLLECT = "training/agree.py", "training/evaluate.py", "training/gather.py"
 WAIT, OPEN = Site(AGREE, "wait_for_all", "any_rank"), Site("training/text.py", "open_shared_text", "wait_for_all")
+SETS = Site("training/sets.py", "open_shared_sets", "wait_for_all")
 BEGIN, JOIN = (Site("training/profile.py", f"Profile.{of}", "wait_for_all") for of in ("_begin", "close"))
 LEAVE = Site("parallel/mesh.py", "disconnect", "dist.barrier")
 STOP, SIGNS = Site("training/steps.py", "run_steps", "agree"), Site(AGREE, "agree", "sum_over")
@@ -272,7 +280,7 @@ KEEPER, RESUME = "training/checkpoint/keeper.py", "training/checkpoint/resume.py
 SETTLE, REASONS = Site(KEEPER, "Keeper.settle", "agree"), Site(KEEPER, "Keeper._give_up", "tell")
 NEWEST, DAMAGE, REFUSAL = Site(RESUME, "_newest", "sum_over"), *(Site(RESUME, "resume", "tell", n) for n in (0, 1))
 COMPARE = Site("training/health/fingerprint.py", "compare_holders", "all_gather")
-LABELS, LOSS = (Site(EVALUATE, "measure", "sum_over", index) for index in range(2))
+LABELS, LOSS = (Site(EVALUATE, "Evaluator.measure", "sum_over", index) for index in range(2))
 TRAVELLED = Site("training/microbatches.py", "total_travel", "sum_over")
 MOVED = Site("training/placer.py", "Placer.take", "sum_over")
 SEND, RECEIVE = Site(COLLECT, "_collect", "dist.send"), Site(COLLECT, "_collect", "dist.recv")
@@ -294,6 +302,7 @@ PROMISED = [
     *(Break(MOVED, kind, how="moved") for kind in ("own alone", "counted twice")),
     Break(WAIT, "unheard", how="wait"),
     Break(OPEN, "unheard", how="open"),
+    Break(SETS, "unheard", how="open sets"),
     Break(BEGIN, "unheard", how="begin"),
     Break(JOIN, "unheard", how="join"),
     Break(LEAVE, "left alone", how="leave"),

@@ -65,7 +65,7 @@ class DataConfig:
         if not 0 <= self.fim <= 1:
             raise ValueError(f"data.fim={self.fim} must lie in 0..1: it is a share of the documents")
         if not 0 < self.held_out <= 1:
-            raise ValueError(f"data.held_out={self.held_out} must be above 0 and at most 1: it is a share of the text")
+            raise ValueError(f"data.held_out={self.held_out} must lie between 0 and 1: it is a share of the text")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"data.workers={self.workers} must be at least 1 (null: all cores)")
         if not self.verify_gigabytes >= 0:

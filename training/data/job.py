@@ -114,8 +114,9 @@ def _dtype(job: Job) -> Any:
 
 
 def _commit(job: Job, splits: dict[str, list[Shard]]) -> None:
-    if not any(shard.tokens for shard in splits[SPLITS[0]]):
-        raise ValueError("data.corpus has no text to train on")
+    wanted = SPLITS[job.identity["held_out"] == 1]
+    if not any(shard.tokens for shard in splits[wanted]):
+        raise ValueError(f"data.corpus has no text to {'train on' if wanted == SPLITS[0] else 'measure'}")
     index = Index(
         sources=[str(source.root) for source in job.sources],
         identity=job.identity,
