@@ -37,6 +37,7 @@ VERBS = {
     "logs": "launcher.follow",
     "cancel": "launcher.cancel",
     "runs": "launcher.runs",
+    "report": "launcher.page.command",
     "enroll": "launcher.enroll",
     "preflight": "launcher.preflight.command",
     "params": "launcher.params",

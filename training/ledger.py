@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.health.beat import HEARTBEAT, RECORD
 from training.holder import Holder, find_holder
@@ -34,6 +34,7 @@ PARTS = ("useful", "recomputed", "checkpoints", "evaluation", "restarts", "setup
 FILE, OPEN = "ledger.jsonl", "ledger.open.json"
 SECOND = 10**9  # ns
 FINISHED, KILLED, FAILED = "finished", "killed", "failed"
+UNCLOSED = "not closed"  # of an attempt that somebody looks at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,13 @@ class Attempt:
     next: int | None  # step that it would have taken next; None: it came to none
     highest: int  # steps that were ever taken
     parts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+
+
+class Spent(NamedTuple):
+    """On a part of a run."""
+
+    hours: float  # of devices
+    money: float
 
 
 class Ledger:
@@ -213,20 +221,41 @@ def find_signs(folder: Path) -> Iterator[int]:
                 yield int(json.loads(path.read_text(encoding="utf-8"))["time"])
 
 
+def look(folder: Path) -> list[Attempt]:
+    """A run's attempts as they are written down, the one that is open included. Changes nothing, so anybody may ask."""
+    known = read(folder)
+    with suppress(OSError, ValueError, TypeError):
+        left = Attempt(**json.loads((folder / OPEN).read_text(encoding="utf-8")))
+        known += [replace(left, ending=UNCLOSED)] if left.attempt > len(known) else []
+    return known
+
+
+def sum_parts(attempts: list[Attempt]) -> dict[str, Spent]:
+    """What each part has used, over all attempts and their devices."""
+    return {
+        part: Spent(
+            sum(attempt.ranks * attempt.parts[part] / SECOND / 3600 for attempt in attempts),
+            sum(_count_cost(attempt, attempt.parts[part]) for attempt in attempts),
+        )
+        for part in PARTS
+    }
+
+
+def write_hours(hours: float) -> str:
+    """Device-hours in words; in seconds, where there are few."""
+    return f"{hours:,.2f} device-hours" if hours >= 0.01 else f"{hours * 3600:.1f} device-seconds"
+
+
 def describe(attempts: list[Attempt]) -> list[str]:
     """A run's attempts in a line, and in another one what they have cost, where that is known."""
-    hours, money = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
-    for attempt in attempts:
-        for part, spent in attempt.parts.items():
-            hours[part] += attempt.ranks * spent / SECOND / 3600
-            money[part] += _count_cost(attempt, spent)
-    total = sum(hours.values()) or 1.0
+    spent = sum_parts(attempts)
+    hours = sum(each.hours for each in spent.values())
     times = f" in {len(attempts)} attempts" if len(attempts) > 1 else ""
-    shares = ", ".join(f"{part} {each / total:.1%}" for part, each in hours.items() if each / total >= 0.0005)
-    used = f"{total:,.2f} device-hours" if total >= 0.01 else f"{total * 3600:.1f} device-seconds"
-    lines = [f"{used}{times}: {shares}"]
-    if cost := sum(money.values()):
-        parts = ", ".join(f"{part} {paid:.2f}" for part, paid in money.items() if paid >= 0.005)
+    shares = {part: each.hours / (hours or 1.0) for part, each in spent.items()}
+    shown = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share >= 0.0005)
+    lines = [f"{write_hours(hours)}{times}: {shown}"]
+    if cost := sum(each.money for each in spent.values()):
+        parts = ", ".join(f"{part} {each.money:.2f}" for part, each in spent.items() if each.money >= 0.005)
         lines.append(f"cost {cost:.2f}" + (f": {parts}" if parts else ""))
     return lines
 

@@ -10,7 +10,7 @@ import pytest
 
 from training.health.beat import Beat, locate, write
 from training.holder import Holder, find_holder, read_start
-from training.ledger import PARTS, SECOND, Attempt, Ledger, describe, open_ledger, read
+from training.ledger import PARTS, SECOND, Attempt, Ledger, describe, look, open_ledger, read, sum_parts
 from training.metrics import Record
 
 
@@ -162,6 +162,27 @@ def test_the_run_is_told_in_two_lines(tmp_path: Path) -> None:
     assert ledger.describe() == ["2.00 device-hours: useful 90.0%, setup 10.0%", "cost 72.00: useful 64.80, setup 7.20"]
     free = [Attempt(**{**json.loads((tmp_path / "ledger.jsonl").read_text()), "price": 0.0})] * 2
     assert describe(free) == ["4.00 device-hours in 2 attempts: useful 90.0%, setup 10.0%"]
+
+
+def test_who_looks_changes_nothing(tmp_path: Path) -> None:
+    """An attempt that is open is there as it was last written down; nobody closes it."""
+    clock = Clock(0)
+    first = open_at(tmp_path, clock, since=0)
+    clock.wait(3600)
+    first.close("finished")
+    clock.wait(5)
+    second = open_at(tmp_path, clock, since=3600)
+    clock.wait(1800)
+    second.take(0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = look(tmp_path)
+    assert [(each.attempt, each.ending) for each in found] == [(1, "finished"), (2, "not closed")]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 2
+    parts = sum_parts(found)
+    hours = sum(each.ranks * (each.end - each.begin) for each in found) / SECOND / 3600
+    assert sum(each.hours for each in parts.values()) == pytest.approx(hours) and hours > 2.9
+    assert sum(each.money for each in parts.values()) == pytest.approx(36 * hours)
+    assert set(parts) == set(PARTS) and look(tmp_path / "none") == []
 
 
 def test_devices_are_held_by_a_job_a_launcher_or_this_process() -> None:
