@@ -12,6 +12,7 @@ runs/<id>/config.yaml     the configuration, resolved
          weights/         the final save (training writes it)
          checkpoints/     what the run can go on from (training writes it; docs/checkpoint-format.md);
                           elsewhere with checkpoint.folder
+         report.html      a page on it all (shoestring report)
          excluded.json    machines that preflight has found unfit, each with why: the next attempt is to do without
          before/1/ ...    the first four and the logs as they were before the run went on
          job.sbatch       under Slurm: the script of its jobs, jobs.jsonl: their numbers, job-*.out: what Slurm printed

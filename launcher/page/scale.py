@@ -33,9 +33,9 @@ class Scale:
         """Values to be marked, ascending."""
         if not self.log:
             return list_even(self.low, self.high, 1.0 if self.whole else 0.0)
+        decades = math.log10(self.high / self.low)
+        every, factors = max(1, round(decades / TICKS)), (1, 2, 5) if decades < 3 else (1,)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        every = max(1, -(-len(powers) // (TICKS + 1)))
-        factors = (1, 2, 5) if len(powers) <= 3 else (1,)
         found = [10.0**power * factor for power in powers if power % every == 0 for factor in factors]
         return [value for value in found if self.low * 0.999 <= value <= self.high * 1.001]
 
