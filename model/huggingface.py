@@ -64,6 +64,11 @@ def load(model: Transformer, folder: Path) -> None:
     for piece in pieces:
         part = into.read(piece.ours, piece.region)
         part.copy_(arrange(source.read(piece.published), piece.order).view(part.shape))
+    clear_biases(model)
+
+
+def clear_biases(model: Transformer) -> None:
+    """Those of routers whose family publishes none are zero."""
     if not is_biased(model.config):
         for router in model.routers():
             router.bias.zero_()

@@ -35,16 +35,21 @@ def fill(own: Iterable[Chunk], given: Iterable[Chunk]) -> list[str]:
     return sorted({chunk.name for chunk in own if not copy_into(chunk, known.get(chunk.name, []))})
 
 
+def intersect(own: Chunk, offset: Sequence[int], shape: Sequence[int]) -> list[range]:
+    """What ``own`` and another rectangle of its tensor have in common, in every dim."""
+    return [
+        range(max(a, b), min(a + m, b + n))
+        for a, m, b, n in zip(own.offset, own.tensor.shape, offset, shape, strict=True)
+    ]
+
+
 def copy_into(own: Chunk, given: Iterable[Chunk]) -> bool:
     """Fills ``own`` with what the ``given``, disjoint chunks of its tensor, have of it. False if that is not all."""
     filled = 0
     for other in given:
         if other.global_shape != own.global_shape:
             return False
-        common = [
-            range(max(a, b), min(a + m, b + n))
-            for a, m, b, n in zip(own.offset, own.tensor.shape, other.offset, other.tensor.shape, strict=True)
-        ]
+        common = intersect(own, other.offset, other.tensor.shape)
         filled += math.prod(map(len, common))
         if all(common):
             into, source = (

@@ -5,16 +5,15 @@ from pathlib import Path
 import torch
 
 from configs.schema import TrainConfig
-from model.build import allocate
 from model.config import ModelConfig
 from model.count import count
-from model.huggingface import Resident, Source
-from model.huggingface import load as load_published
+from model.huggingface import Source
 from parallel.build import Shards, Stages, allocate_stages, build_stages
 from parallel.mesh import Mesh
 from parallel.pipeline.stages import Pipeline
 from training.determinism import NUMERICS
 from training.gather import name_tensors
+from training.published import take_published
 
 
 def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[Stages, Shards]:
@@ -22,14 +21,8 @@ def build_parts(config: TrainConfig, mesh: Mesh, pipeline: Pipeline) -> tuple[St
     numerics, overlap = NUMERICS[config.precision], config.parallel.overlap
     if config.init_from is None:
         return build_stages(config.model, numerics, config.run.seed, mesh, pipeline, overlap)
-
     stages, shards = allocate_stages(config.model, numerics, mesh, pipeline, overlap)
-    if is_whole(stages, shards):
-        load_published(stages[0], Path(config.init_from))
-        return stages, shards
-    whole = allocate(config.model, numerics.dtype, "cpu")
-    load_published(whole, Path(config.init_from))
-    fill(stages, shards, Resident(whole))
+    take_published(config, stages, shards, Path(config.init_from))
     return stages, shards
 
 

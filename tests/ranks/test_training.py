@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.schema import TrainConfig
 from model.huggingface import export
+from model.shards import Shards
 from parallel.config import ParallelConfig, PipelineConfig, ScheduleName
 from parallel.mesh import Mesh
 from parallel.pipeline.schedules import generate
@@ -189,8 +190,14 @@ def test_a_model_too_large_for_a_rank_has_no_sample(text: Path, tmp_path: Path) 
 
 
 def read_weights(rank: int, world: int, topology: Topology, config: TrainConfig) -> dict[str, tuple[Any, Tensor]]:
-    """What a rank holds of the published weights that it starts from."""
-    stages, shards = build_parts(config, Mesh(topology, torch.device("cpu")), undivided(config.model))
+    """What a rank holds of the published weights that it starts from; it reads no experts of others."""
+    read: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shards, "read", lambda *words, inner=Shards.read: read.append(words[1]) or inner(*words))
+        stages, shards = build_parts(config, Mesh(topology, torch.device("cpu")), undivided(config.model))
+    experts = [name for name in read if ".experts." in name]
+    here = sum(shard.shape[0] for name, shard in shards.items() if name.endswith("experts.routed.down.weight"))
+    assert len(experts) == len(set(experts)) == 3 * here > 0
     return {name: (shards[name].slices, parameter.detach()) for name, parameter in stages[0].named_parameters()}
 
 
