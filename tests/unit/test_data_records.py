@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from training.data.records import Bad, read_records
+from training.data.records import Bad, read_records, take_text
 
 TEXTS = [f"text {i}\nnaïve 漢字 🙂 {'long ' * (i % 40)}" for i in range(500)]
 
@@ -112,6 +112,23 @@ def test_lines_that_are_no_utf8_are_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
     one, bad = read_all(path)
     assert one == "one" and isinstance(bad, Bad) and bad.line == 2 and "utf-8" in bad.why
+
+
+def test_a_row_group_is_not_held(tmp_path: Path) -> None:
+    """Of one that is the whole file, a few pages at a time."""
+    path = tmp_path / "one.parquet"
+    letters = random.Random(0).randbytes(10**7).hex()
+    table = arrow.table({"text": [letters[i : i + 1000] for i in range(0, len(letters), 1000)]})
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    assert parquet.ParquetFile(path).num_row_groups == 1
+    before, pool = arrow.default_memory_pool(), arrow.proxy_memory_pool(arrow.default_memory_pool())
+    arrow.set_memory_pool(pool)
+    try:
+        found = read_records(path, range(path.stat().st_size), "text", take_text)
+        assert sum(map(len, found)) == len(letters) == 2 * 10**7
+    finally:
+        arrow.set_memory_pool(before)
+    assert 0 < pool.max_memory() < 4 * 10**6
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])

@@ -173,7 +173,8 @@ def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _read_parquet(place: Place, wanted: Wanted) -> Found:
     arrow, parquet = _load("pyarrow"), _load("pyarrow.parquet")
     try:
-        with parquet.ParquetFile(place.path) as file:
+        # By default a column of a row group is read as a whole, and a file may be one row group.
+        with parquet.ParquetFile(place.path, buffer_size=CHUNK, pre_buffer=False) as file:
             rows = 0
             for number in range(file.metadata.num_row_groups):
                 about = file.metadata.row_group(number)
