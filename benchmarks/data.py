@@ -6,10 +6,11 @@
     records      the same of the texts as JSONL, in one file
     starting     seconds until a set of a billion tokens, of files of zeros that take no room, gives its first batch
 
-The text is a part of the standard library's source (--megabytes), the tokenizer a byte-level BPE of 8192 tokens
-trained on it first. `prepare` also starts its processes, reads the files, writes, syncs and verifies the token files.
+The text is Python's source, of the standard library and of what is installed, a part of it (--megabytes), the tokenizer
+a byte-level BPE of 8192 tokens trained on it first. `prepare` also starts its processes, reads the files, writes, syncs
+and verifies the token files: a third of a second that a small text does not outlast.
 
-    python benchmarks/data.py --need 10000 --megabytes 16 --rounds 5
+    python benchmarks/data.py --need 10000 --megabytes 48 --rounds 5
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +49,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--need", type=float, default=10_000, help="tokens/s the model consumes")
-    parser.add_argument("--megabytes", type=float, default=16, help="text to tokenise")
+    parser.add_argument("--megabytes", type=float, default=48, help="text to tokenise")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -62,13 +64,13 @@ def main() -> None:
 def gather(folder: Path, limit: float) -> list[str]:
     """Copies source files to ``folder``, every third, up to ``limit`` bytes; returns their texts."""
     folder.mkdir()
-    (source,) = find_sources(["stdlib"])
+    sources = find_sources(["stdlib", sysconfig.get_path("purelib")])
     texts: list[str] = []
     size = 0
-    for number, (_, document) in enumerate(list_documents((source,), 0.05)):
-        if number % 3 == 0 and size + document.size <= limit:
+    for number, (_, document) in enumerate(list_documents(sources, 0.05)):
+        if number % 3 == 0 and size + document.size <= limit and document.path.endswith(".py"):
             copy = folder / f"{number:05}.py"
-            copyfile(source.root / document.path, copy)
+            copyfile(sources[document.source].root / document.path, copy)
             texts.append(copy.read_bytes().decode("utf-8", "replace"))
             size += document.size
     print(f"text: {len(texts)} files, {size / 1e6:.1f} MB")

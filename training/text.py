@@ -35,9 +35,7 @@ def open_text(config: TrainConfig, report: Report) -> Text:
         return _mix(config, report)
     data = prepare(config.data, report)
     check_vocabulary(data.tokenizer, config.model.vocab_size)
-    train = pack(config, data.train, config.data.seed)
-    if isinstance(train, WholeDocuments) and train.cut:
-        report(f"{train.cut:,} of {data.train.documents:,} conversations are longer than data.sequence_length, and cut")
+    train = _pack_train(config, data.train, report, "")
     # Its order has a seed of its own: runs with different seeds are measured on the same labels.
     held_out = pack(config, data.held_out, seed=0)
     return Text(data.tokenizer, train, held_out, data.digest, data.train)
@@ -56,14 +54,24 @@ def _mix(config: TrainConfig, report: Report) -> Text:
     parts = {name: prepare(replace(config.data, corpus=(name,), mixture={}), report) for name in weights}
     tokenizer = next(iter(parts.values())).tokenizer
     check_vocabulary(tokenizer, config.model.vocab_size)
-    total, seed = schedule_batches(config.run, config.data.sequence_length).before(config.run.steps), config.data.seed
-    train = Mixture([pack(config, part.train, seed) for part in parts.values()], [*weights.values()], total, seed)
+    total = schedule_batches(config.run, config.data.sequence_length).before(config.run.steps)
+    texts = [_pack_train(config, part.train, report, f" of {name}") for name, part in parts.items()]
+    train = Mixture(texts, [*weights.values()], total, config.data.seed)
     for name, words in zip(parts, train.describe(total), strict=True):
         report(f"of the run {words} are {name}")
     ends = [[(0.0, knots[-1][1])] for knots in weights.values()]
     count = config.run.eval_tokens // config.data.sequence_length
     held_out = Mixture([pack(config, part.held_out, 0) for part in parts.values()], ends, count, 0)
     return Text(tokenizer, train, held_out, digest([[part.digest for part in parts.values()], [*weights.items()]]))
+
+
+def _pack_train(config: TrainConfig, tokens: Row, report: Report, whose: str) -> Sequences:
+    """What is trained on, with a word about conversations that do not fit."""
+    train = pack(config, tokens, config.data.seed)
+    if isinstance(train, WholeDocuments) and train.cut:
+        count = f"{train.cut:,} of {tokens.documents:,} conversations{whose}"
+        report(f"{count} are longer than data.sequence_length, and cut")
+    return train
 
 
 def pack(config: TrainConfig, tokens: Row, seed: int) -> Sequences:

@@ -56,6 +56,10 @@ def test_conversations_that_are_too_long_are_said(place: Path) -> None:
     write_lines(place / "talks.jsonl", records)
     said, _ = train(place, "cut", "run.steps=1")
     assert re.search(r"^\d+ of 3\d\d conversations are longer than data.sequence_length, and cut$", said, re.M)
+    mixed = [word for word in WORDS if not word.startswith("data.corpus")]
+    words = [*COMMAND, *mixed, "data.mixture={talks.jsonl: 1}", "run.steps=1", "run.id=mixed"]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=240)
+    assert re.search(r"^\d+ of 3\d\d conversations of talks.jsonl are longer than", done.stdout, re.M), done.stderr
     words = [*COMMAND, *WORDS, "data.sequence_length=64", "run.id=none"]
     done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "data.sequence_length=64 is shorter than every conversation" in done.stderr
