@@ -106,7 +106,7 @@ def plot(svg: str, ys: Sequence[tuple[float, str]], xs: Sequence[tuple[float, st
     left = "".join(f'<span style="top:{100 * place:.2f}%">{escape(words)}</span>' for place, words in ys)
     below = "".join(f'<span style="left:{100 * place:.2f}%">{escape(words)}</span>' for place, words in xs)
     room = max((len(words) for _, words in ys), default=0)
-    given = f"--room:{max(3.1, 0.6 * room + 0.7):.1f}em;{style}"
+    given = f"--room:{max(37, 7.2 * room + 9):.0f}px;{style}"
     return (
         f'<div class="plot" style="{given}"><div class="ys" aria-hidden="true">{left}</div>{svg}'
         f'<div class="xs" aria-hidden="true">{below}</div></div>'

@@ -79,7 +79,7 @@ thead th{color:var(--soft);font-size:13px}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 pre{background:var(--panel);border-radius:8px;padding:10px 12px;overflow-x:auto;font:13px/1.45 ui-monospace,Menlo,
 Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;margin:8px 0}
-.picture img{display:block;background:#fff;border-radius:4px;height:auto;width:100%;min-width:640px}
+.picture img{display:block;background:#fff;border-radius:4px;height:auto;max-width:max(100%,640px)}
 details{margin:10px 0}
 summary{cursor:pointer;color:var(--soft)}
 footer{margin-top:36px;border-top:1px solid var(--rule);padding-top:8px;font-size:13px;color:var(--soft)}
@@ -87,7 +87,7 @@ footer{margin-top:36px;border-top:1px solid var(--rule);padding-top:8px;font-siz
 .tiles{grid-template-columns:repeat(2,minmax(0,1fr))}.tiles b{font-size:18px}.facts dt{flex-basis:8em}
 .plot{height:var(--high,180px)}}
 @media print{body{font-size:11px;print-color-adjust:exact;-webkit-print-color-adjust:exact}main{max-width:none;
-padding:0}.wide{overflow:visible}.picture img{min-width:0}h2{break-after:avoid}tr,.tiles div{break-inside:avoid}}
+padding:0}.wide{overflow:visible}.picture img{max-width:100%}h2{break-after:avoid}tr,.tiles div{break-inside:avoid}}
 """
 _STEPS = {"m": 7, "r": 8, "p": 8}
 STYLE += "".join(

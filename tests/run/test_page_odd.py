@@ -35,7 +35,7 @@ def test_a_run_that_was_killed(report: Report, tmp_path: Path) -> None:
     (run / "ledger.jsonl").write_text(json.dumps(attempt(1, "killed", 0.0, useful=60, setup=20)) + "\n")
     (run / "ledger.open.json").write_text(json.dumps(attempt(2, "killed", 0.0, restarts=20)))
     found = Page(report(run))
-    assert "12" in found.text and "silent: tiny" in found.text
+    assert "12" in found.text and "silent: tiny" in found.text and "could not be read" not in found.text
     assert "attempt 1, killed: 0.04 device-hours" in found.text
     assert "attempt 2, not closed: 0.01 device-hours" in found.text
     assert found.row("restarts")[:2] == ["40.00", "20.0%"] and found.row("all")[0] == "200.00"
