@@ -21,12 +21,12 @@ LONGEST = 4000  # characters of a sample, a command, an error
 class Evaluation(NamedTuple):
     """A set of an evaluation: ``evaluations/*/result.json``."""
 
-    name: str  # of the evaluation
+    name: str  # of the evaluation, and whether it was of the average of the weights
     set: str
     step: float
     loss: float
     bits_per_byte: float  # NaN where it has none
-    tokens: float
+    tokens: float  # that were measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +130,11 @@ def _read_evaluation(path: Path) -> list[Evaluation]:
     """A line for each set that says a loss."""
     found = _read_object(path)
     sets = found.get("sets")
-    rows = []
+    title, rows = path.parent.name + ", averaged weights" * (found.get("average") is True), []
     for name, each in sets.items() if isinstance(sets, dict) else ():
         if not isinstance(each, dict) or math.isnan(number(each.get("loss"))):
             continue
-        loss, bits, tokens = (number(each.get(key)) for key in ("loss", "bits_per_byte", "tokens"))
-        rows.append(Evaluation(path.parent.name, str(name), number(found.get("step")), loss, bits, tokens))
+        loss, bits = number(each.get("loss")), number(each.get("bits_per_byte"))
+        measured = number(each.get("labels", each.get("tokens")))
+        rows.append(Evaluation(title, str(name), number(found.get("step")), loss, bits, measured))
     return rows

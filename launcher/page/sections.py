@@ -46,7 +46,7 @@ def write_evaluations(run: Run) -> str:
         (name, kind, write_number(step), write_loss(loss), write_loss(bits), write_number(tokens))
         for name, kind, step, loss, bits, tokens in run.evaluations
     ]
-    head = ("evaluation", "set", "step", "loss, nats a token", "bits a byte", "tokens")
+    head = ("evaluation", "set", "step", "loss, nats a token", "bits a byte", "tokens measured")
     table = html.write_table(head, rows, "Losses on other sets", words=(0, 1)) if rows else ""
     return html.write_section("Evaluations", table)
 

@@ -77,6 +77,7 @@ caption{text-align:left;color:var(--soft);font-size:13px;padding-bottom:4px}
 th,td{text-align:left;font-weight:400;padding:4px 14px 4px 0;border-bottom:1px solid var(--grid);vertical-align:top}
 thead th{color:var(--soft);font-size:13px}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+thead .n{white-space:normal}
 pre{background:var(--panel);border-radius:8px;padding:10px 12px;overflow-x:auto;font:13px/1.45 ui-monospace,Menlo,
 Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;margin:8px 0}
 .picture img{display:block;background:#fff;border-radius:4px;height:auto;max-width:max(100%,640px)}

@@ -99,6 +99,17 @@ def test_an_evaluation_that_is_none_is_left_out(content: str, report: Report, tm
     assert "Evaluations" not in report(run)
 
 
+def test_evaluations_are_listed(report: Report, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [start(), step(0)])
+    scores = {"wiki": {"loss": 1.92014, "bits_per_byte": 2.7704, "labels": 19968, "tokens": 1066082}}
+    for name, average in (("20261201-110402", False), ("20261201-110402-2", True)):
+        (run / "evaluations" / name).mkdir(parents=True)
+        result = {"checkpoint": "c", "step": 300, "average": average, "precision": "bf16", "sets": scores}
+        (run / "evaluations" / name / "result.json").write_text(json.dumps(result))
+    found, wanted = Page(report(run)), ["wiki", "300", "1.9201", "2.7704", "19,968"]
+    assert found.row("20261201-110402") == found.row("20261201-110402-2, averaged weights") == wanted
+
+
 @pytest.mark.parametrize("line", ["[]", "{}", "nonsense", json.dumps({**attempt(1, "x", 0.0), "parts": {}})])
 def test_a_ledger_that_is_none_is_left_out(line: str, report: Report, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [start(), step(0)])
