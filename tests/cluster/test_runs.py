@@ -51,6 +51,18 @@ def test_every_launcher_trains_to_the_same_bits(cluster: Cluster, folder: Path, 
     assert steps_of(run) == expect(folder, 8)
 
 
+@pytest.mark.parametrize("name", ["srun", "mpirun"])
+def test_an_evaluation_is_what_the_run_measured(cluster: Cluster, folder: Path, name: str) -> None:
+    """In the same layout to the bit, on two nodes."""
+    start = LAUNCHERS[name][: -len(TRAIN)]
+    words = ["-m", "launcher.evaluation", "long", "parallel.pp=2", "parallel.ep=2", "threads=1"]
+    done = cluster.run([*start, PYTHON, *words], cwd=folder, timeout=SECONDS)
+    assert done.stdout.count("held_out") == 1, done.stdout
+    run = folder / "runs" / "long"
+    (newest, *_) = sorted((run / "evaluations").glob("*/result.json"), reverse=True)
+    assert json.loads(newest.read_text())["sets"]["held_out"]["loss"] == read(run / "metrics.jsonl", "eval")[-1]["loss"]
+
+
 def test_a_submitted_run_that_is_told_of_its_end_goes_on_where_it_was(
     cluster: Cluster, folder: Path, tmp_path: Path
 ) -> None:
