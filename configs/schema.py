@@ -44,7 +44,7 @@ class TrainConfig:
                 f"model.vocab_size={self.model.vocab_size} must be at least {BYTES}, what data.tokenizer=bytes has"
             )
         if self.data.held_out == 1:
-            raise ValueError(f"data.held_out={self.data.held_out} must lie between 0 and 1: something is to be trained on")
+            raise ValueError(f"data.held_out={self.data.held_out} must lie between 0 and 1: else all is held out")
         if self.profile.range().stop > self.run.steps:
             raise ValueError(
                 f"profile.steps={self.profile.steps} must not go beyond the last step: run.steps={self.run.steps}"
