@@ -167,12 +167,14 @@ START = """
 import sys
 from time import perf_counter
 started = perf_counter()
+import torch
+loaded = perf_counter() - started
 from training.data.batches import Batches
 from training.data.config import DataConfig
 from training.data.prepare import prepare
 found = prepare(DataConfig(sequence_length=4096, corpus=(sys.argv[1],), verify_gigabytes=float(sys.argv[2])))
 Batches(found.train, sequence_length=4096, lookahead=2, mask_documents=True).read(0, 8)
-print(perf_counter() - started)
+print(perf_counter() - started, loaded)
 """
 
 
@@ -181,16 +183,19 @@ def time_start(scratch: Path, rounds: int) -> None:
     folder = scratch / "billion"
     make_sparse(folder, 10**9)
     variants = {"sizes checked": "0", "checksums too": "16"}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, gigabytes in variants.items():
             began = perf_counter()
             command = [sys.executable, "-c", START, str(folder), gigabytes]
-            inside = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            times[name].append((perf_counter() - began, inside))
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            times[name].append((perf_counter() - began, *map(float, said.split())))
     for name, found in times.items():
-        whole, inside = (median(each) for each in zip(*found, strict=True))
-        print(f"starting on 1.0 B tokens, {name}: {inside:.2f} s; with Python's own start {whole:.2f} s")
+        whole, inside, torch_alone = (median(each) for each in zip(*found, strict=True))
+        print(
+            f"starting on 1.0 B tokens, {name}: {inside:.2f} s, of which torch's own import {torch_alone:.2f} s; with "
+            f"Python's start {whole:.2f} s"
+        )
 
 
 def make_sparse(folder: Path, tokens: int) -> None:

@@ -29,6 +29,16 @@ class Evaluation(NamedTuple):
     tokens: float  # that were measured
 
 
+class Answer(NamedTuple):
+    """A number that lm-eval's harness has given to a task."""
+
+    name: str  # of the evaluation
+    task: str
+    step: float
+    metric: str
+    value: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """All that the page is made of."""
@@ -46,6 +56,7 @@ class Run:
     schedule: bytes  # an SVG, or nothing
     schedule_size: int  # of the file, also where it is too large to be taken up
     evaluations: list[Evaluation]
+    answers: list[Answer]
 
 
 def gather(path: Path) -> Run:
@@ -72,6 +83,7 @@ def gather(path: Path) -> Run:
         evaluations=[
             each for file in sorted(path.glob("evaluations/*/result.json")) for each in _read_evaluation(file)
         ],
+        answers=[each for file in sorted(path.glob("evaluations/*/result.json")) for each in _read_answers(file)],
     )
 
 
@@ -130,7 +142,7 @@ def _read_evaluation(path: Path) -> list[Evaluation]:
     """A line for each set that says a loss."""
     found = _read_object(path)
     sets = found.get("sets")
-    title, rows = path.parent.name + ", averaged weights" * (found.get("average") is True), []
+    title, rows = _name(path, found), []
     for name, each in sets.items() if isinstance(sets, dict) else ():
         if not isinstance(each, dict) or math.isnan(number(each.get("loss"))):
             continue
@@ -138,3 +150,19 @@ def _read_evaluation(path: Path) -> list[Evaluation]:
         measured = number(each.get("labels", each.get("tokens")))
         rows.append(Evaluation(title, str(name), number(found.get("step")), loss, bits, measured))
     return rows
+
+
+def _read_answers(path: Path) -> list[Answer]:
+    """A line for each number of each task."""
+    found = _read_object(path)
+    tasks = found.get("tasks")
+    step, title, rows = number(found.get("step")), _name(path, found), []
+    for task, values in tasks.items() if isinstance(tasks, dict) else ():
+        for metric, value in values.items() if isinstance(values, dict) else ():
+            if not math.isnan(number(value)) and metric != "sample_len":
+                rows.append(Answer(title, str(task), step, str(metric).removesuffix(",none"), number(value)))
+    return rows
+
+
+def _name(path: Path, found: dict[str, Any]) -> str:
+    return path.parent.name + ", averaged weights" * (found.get("average") is True)

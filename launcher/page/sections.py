@@ -48,7 +48,12 @@ def write_evaluations(run: Run) -> str:
     ]
     head = ("evaluation", "set", "step", "loss, nats a token", "bits a byte", "tokens measured")
     table = html.write_table(head, rows, "Losses on other sets", words=(0, 1)) if rows else ""
-    return html.write_section("Evaluations", table)
+    numbers = [
+        (name, task, write_number(step), metric, write_loss(value)) for name, task, step, metric, value in run.answers
+    ]
+    columns = ("evaluation", "task", "step", "number", "value")
+    answers = html.write_table(columns, numbers, "Tasks of lm-eval's harness", words=(0, 1, 3)) if numbers else ""
+    return html.write_section("Evaluations", table, answers)
 
 
 def write_schedule(run: Run) -> str:

@@ -110,6 +110,15 @@ def test_evaluations_are_listed(report: Report, tmp_path: Path) -> None:
     assert found.row("20261201-110402") == found.row("20261201-110402-2, averaged weights") == wanted
 
 
+def test_tasks_are_listed(report: Report, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [start(), step(0)])
+    (run / "evaluations" / "one").mkdir(parents=True)
+    tasks = {"arc": {"acc,none": 0.25, "sample_len": 8.0, "alias": "x"}, "none": 3}
+    (run / "evaluations" / "one" / "result.json").write_text(json.dumps({"step": 20, "tasks": tasks}))
+    found = Page(report(run))
+    assert found.row("one") == ["arc", "20", "acc", "0.2500"] and "sample_len" not in found.text
+
+
 @pytest.mark.parametrize("line", ["[]", "{}", "nonsense", json.dumps({**attempt(1, "x", 0.0), "parts": {}})])
 def test_a_ledger_that_is_none_is_left_out(line: str, report: Report, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [start(), step(0)])
