@@ -11,6 +11,7 @@ from typing import Any
 from launcher import cli
 from launcher.campaign import Line, Mark
 from training.health.config import FailAt, locate_mark
+from training.metrics import STEPPED
 
 CLOCKS = ("seconds", "tokens_per_second", "peak_memory")  # what may differ
 STARTS = 50  # of a run, at most
@@ -39,10 +40,10 @@ def start(root: Path, name: str, words: Sequence[str], faults: Sequence[FailAt])
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """Steps and evaluations of a run, without what a clock says."""
+    """Steps, loads of experts and evaluations of a run, without what a clock says."""
     path = run / "metrics.jsonl"
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in found if row["kind"] in ("step", "eval")]
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in found if row["kind"] in STEPPED]
 
 
 def read_marks(run: Path, faults: Sequence[FailAt]) -> list[Mark | None]:

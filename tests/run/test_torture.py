@@ -50,7 +50,8 @@ def test_six_faults_leave_every_loss_as_it_was(folder: Path) -> None:
     lines = start(folder / "runs", "disturbed", words, faults)
     results = judge(faults, read_marks(folder / "runs" / "disturbed", faults), lines)
     assert all(result.happened and result.noticed for result in results), results
-    assert len(expected) == 24 and read_rows(folder / "runs" / "disturbed") == expected
+    assert sum(row["kind"] != "load" for row in expected) == 24 < len(expected)
+    assert read_rows(folder / "runs" / "disturbed") == expected
     assert sum("starting again from the checkpoint after step" in line.text for line in lines) == 3
     before = folder / "runs" / "disturbed" / "before"
     assert sorted(path.name for path in before.iterdir()) == ["1", "2", "3"]
