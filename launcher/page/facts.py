@@ -111,7 +111,7 @@ def _list_facts(run: Run) -> Iterator[tuple[str, str]]:
     config, start, p = run.config, run.record.start, run.config.parallel
     yield "model", config.model.name
     yield "batch", f"{config.run.global_batch:,} sequences of {config.data.sequence_length:,} tokens"
-    yield "text", ", ".join(map(str, config.data.corpus))
+    yield "text", ", ".join(config.data.mixture or config.data.corpus)
     ranks = number(start.get("ranks"))
     dp = f"{ranks // (p.pp * p.cp * p.tp):.0f}" if ranks > 0 else "?" if p.dp is None else str(p.dp)
     yield "layout", f"pp={p.pp} dp={dp} cp={p.cp} tp={p.tp} ep={p.ep}, engine {p.engine}"

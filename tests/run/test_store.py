@@ -139,6 +139,9 @@ def test_the_commands_see_what_is_there(
         assert (Path("last") / path.name).read_bytes() == path.read_bytes()
     assert main(["checkpoint", "import", "weights", *ALONE[:-1], "run.id=imported"]) == 0
     assert "weights is in s3://kept/runs/imported/00000000" in capsys.readouterr().out
+    for name, step in (("killed", 16), ("s3://kept/runs/killed/00000012", 12)):
+        assert main(["eval", name, "device=cpu", "threads=1"]) == 0
+        assert f"s3://kept/runs/killed/{step:08} after step {step}\n" in capsys.readouterr().out
     assert main(["checkpoint", "prune", "killed", "keep=1"]) == 0
     assert "removed 12; 16 stay" in capsys.readouterr().out
     assert {name[:8] for name in list_names("killed")} == {"00000016"}
