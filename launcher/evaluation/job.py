@@ -33,7 +33,8 @@ class Request:
 
     kept: Kept
     sets: Mapping[str, str]  # texts by name; none: what the run holds out
-    tokens: int  # of each; 0: all
+    tokens: int = 0  # of each; 0: all
+    tasks: tuple[str, ...] = ()  # of lm-eval's harness, in place of texts
 
 
 def make(home: Path, config: RunConfig, request: Request) -> Path:
@@ -60,7 +61,7 @@ def read(path: Path) -> Request | None:
     if not (path / REQUEST).is_file():
         return None
     content = json.loads((path / REQUEST).read_text(encoding="utf-8"))
-    return Request(Kept(**content["kept"]), content["sets"], content["tokens"])
+    return Request(Kept(**content["kept"]), content["sets"], content["tokens"], tuple(content["tasks"]))
 
 
 def serve(mesh: "Mesh", config: RunConfig, path: Path, request: Request) -> None:
@@ -73,14 +74,13 @@ def serve(mesh: "Mesh", config: RunConfig, path: Path, request: Request) -> None
         return
     print(f"{request.kept.place} after step {request.kept.step}", COLUMNS, sep="\n")
     print("\n".join(show(name, score) for name, score in scores.items()), flush=True)
-    result = {
-        "checkpoint": request.kept.place,
-        "step": request.kept.step,
-        "average": request.kept.average,
-        "precision": config.precision,
-        "sets": {name: write(score) for name, score in scores.items()},
-    }
-    replace_text(path / RESULT, json.dumps(result, indent=2) + "\n")
+    keep(path, config, request.kept, sets={name: write(score._asdict()) for name, score in scores.items()})
+
+
+def keep(path: Path, config: RunConfig, kept: Kept, **found: Any) -> None:
+    """Writes what was ``found`` of the weights ``kept``."""
+    about = {"checkpoint": kept.place, "step": kept.step, "average": kept.average, "precision": config.precision}
+    replace_text(path / RESULT, json.dumps({**about, **found}, indent=2, allow_nan=False) + "\n")
 
 
 def show(name: str, score: "Score") -> str:
@@ -90,10 +90,11 @@ def show(name: str, score: "Score") -> str:
     return f"{name:<20}{score.loss:>12.4f}{perplexity:>12.4g}{bits:>11}{score.labels:>16,}{score.tokens:>18,}"
 
 
-def write(score: "Score") -> dict[str, Any]:
-    """As JSON has it, which has no NaN."""
-    values = score._asdict().items()
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values}
+def write(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has them, which has no NaN."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def _say_nothing(line: str) -> None:

@@ -4,17 +4,16 @@ Tasks of the harness fetch their texts from the network where they are not in th
 folder ``include`` are yours: their YAML may name functions of Python files beside it, which the harness runs.
 """
 
-import json
 import logging
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from configs.schema import RunConfig
 from launcher.evaluation import job
 from launcher.evaluation.config import Config
 from launcher.evaluation.find import Found
 from launcher.keys import nearest
-from training.checkpoint.place import replace_text
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -27,17 +26,11 @@ def answer(found: Found, config: Config) -> int:
             f"tasks=[{','.join(config.tasks)}] needs lm-eval: pip install 'shoestring[lm-eval]', or pip install lm-eval"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _open_tasks(config)
-    results = _ask(found, config, manager)
-    path = job.make(found.home, found.config, job.Request(found.kept, {}, 0))
-    result = {
-        "checkpoint": found.kept.place,
-        "step": found.kept.step,
-        "average": found.kept.average,
-        "tasks": {name: _keep(scores) for name, scores in results["results"].items()},
-        "versions": results["versions"],
-    }
-    replace_text(path / job.RESULT, json.dumps(result, indent=2) + "\n")
+    trained = replace(found.config, precision=config.precision or found.config.precision)
+    results = _ask(found, trained, config, _open_tasks(config))
+    path = job.make(found.home, trained, job.Request(found.kept, {}, tasks=config.tasks))
+    tasks = {name: job.write(_take_numbers(scores)) for name, scores in results["results"].items()}
+    job.keep(path, trained, found.kept, tasks=tasks, versions=results["versions"])
     return 0
 
 
@@ -61,7 +54,7 @@ def _open_tasks(config: Config) -> "TaskManager":
     return manager
 
 
-def _ask(found: Found, config: Config, manager: "TaskManager") -> dict[str, Any]:
+def _ask(found: Found, trained: RunConfig, config: Config, manager: "TaskManager") -> dict[str, Any]:
     # Loads torch: only once the tasks are known to be there.
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
@@ -69,7 +62,6 @@ def _ask(found: Found, config: Config, manager: "TaskManager") -> dict[str, Any]
     from training.harness import HarnessModel
     from training.restore import restore_kept
 
-    trained = replace(found.config, precision=config.precision or found.config.precision)
     model, tokenizer = restore_kept(trained, found.kept, config.device, config.threads)
     asked = HarnessModel(model, tokenizer, found.config.data.sequence_length)
     try:
@@ -89,5 +81,5 @@ def _ask(found: Found, config: Config, manager: "TaskManager") -> dict[str, Any]
     return dict(results or {})
 
 
-def _keep(scores: dict[str, Any]) -> dict[str, float]:
+def _take_numbers(scores: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}

@@ -264,6 +264,9 @@ def test_tasks_of_the_harness(folder: Path, tasks: Path, measure: Eval, monkeypa
         said = measure("mine", "tasks=[foxes,whole]", f"include={tasks}", "threads=1")
     assert "|foxes" in said and "runs/mine/checkpoints/00000008 after step 8" in said
     found = result(folder)["tasks"]
+    newest = max((folder / "runs" / "mine" / "evaluations").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert json.loads((newest / "request.json").read_text())["tasks"] == ["foxes", "whole"]
+    assert result(folder)["precision"] == "fp64"
     # By the plain model: the mean over questions.
     config = folders.load_config(folder / "runs" / "mine")
     model, tokenizer = restore(config, folder / "runs" / "mine" / "weights", Device.cpu, 1)

@@ -40,7 +40,7 @@ class DataConfig:
     # Records are conversations, in data.field (messages), to be fine-tuned on: answers count, and are not cut.
     chat: Chat | None = None
     fim: float = 0.0  # share of the documents to train on that have their middle at the end: training/data/middle.py
-    held_out: float = 0.05  # share of the documents kept for evaluation: chosen by file, records by their text; 1: all
+    held_out: float = 0.05  # share of the documents kept for evaluation: chosen by file, records by their text
     mask_documents: bool = False  # tokens do not attend across document boundaries
     seed: int = 0  # of the shuffle
     workers: int | None = None  # processes that tokenise; null: all cores
