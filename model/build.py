@@ -81,11 +81,22 @@ def outline(
     return model
 
 
+def materialise(model: Transformer, device: torch.device | str) -> Transformer:
+    """Gives an outline memory, without values. As ``Module.to_empty``, which loads sympy for ``empty_like``."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(data, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    return model
+
+
 def allocate(
     config: ModelConfig, dtype: torch.dtype, device: torch.device | str, recipe: Recipe | None = None
 ) -> Transformer:
     """A model without values: see ``outline``."""
-    return outline(config, dtype, recipe=recipe).to_empty(device=device)
+    return materialise(outline(config, dtype, recipe=recipe), device)
 
 
 def build(

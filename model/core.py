@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from model.operator import operator, register_fake
 from model.product import add_product, matmul, matmul_into
 
 BLOCK = 128  # query rows: 64, 128 and 256 were timed on a CPU, docs/speed.md
@@ -53,7 +54,7 @@ def _probabilities(q: Tensor, k: Tensor, documents: Tensor | None, start: int, o
     torch.softmax(scores, dim=-1, out=out)
 
 
-@torch.library.custom_op("shoestring::attention", mutates_args=())
+@operator("shoestring::attention")
 def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result, and the probabilities of all blocks one after another (empty above KEEP_LENGTH)."""
     shape, length = (*q.shape[:3], v.shape[3]), q.shape[2]
@@ -86,12 +87,12 @@ def _split(kept: Tensor, q: Tensor) -> list[Tensor]:
     return [scratch[: math.prod(shape)].view(shape) for shape in shapes]
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(_kept_size(q.shape[0] * q.shape[1], q.shape[2]))
 
 
-@torch.library.custom_op("shoestring::attention_backward", mutates_args=())
+@operator("shoestring::attention_backward")
 def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +117,7 @@ def _total(gradient: Tensor, shape: torch.Size) -> Tensor:
     return gradient.sum(2) if gradient.shape[2] > 1 else gradient.view(shape)
 
 
-@_backward.register_fake
+@register_fake(_backward)
 def _(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

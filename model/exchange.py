@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model.device import kernel
+from model.operator import operator, register_fake
 
 
 class Copies(NamedTuple):
@@ -204,24 +205,24 @@ def _differentiate(g: Tensor, rows: Tensor, weights: Tensor, copies: Copies) -> 
 SUMS = {"cpu": Sums(_sum, _differentiate), "cuda": Sums(kernel("copies:sum_copies"), kernel("copies:weigh_back"))}
 
 
-@torch.library.custom_op("shoestring::sum_copies", mutates_args=())
+@operator("shoestring::sum_copies")
 def _sum_copies(rows: Tensor, slots: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:
     return SUMS[rows.device.type].forward(rows, slots, starts, weights)
 
 
-@_sum_copies.register_fake
+@register_fake(_sum_copies)
 def _(rows: Tensor, slots: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:
     return rows.new_empty(starts.shape[0], rows.shape[1])  # not len: a size that varies would be taken for a constant
 
 
-@torch.library.custom_op("shoestring::weigh_back", mutates_args=())
+@operator("shoestring::weigh_back")
 def _weigh_back(
     g: Tensor, rows: Tensor, weights: Tensor, source: Tensor, slots: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
     return SUMS[g.device.type].backward(g, rows, weights, Copies(source, slots, starts))
 
 
-@_weigh_back.register_fake
+@register_fake(_weigh_back)
 def _(g: Tensor, rows: Tensor, weights: Tensor, source: Tensor, slots: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), torch.empty_like(weights)
 

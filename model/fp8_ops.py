@@ -25,6 +25,7 @@ from model.device import kernel
 from model.exchange import Copies
 from model.fp8 import Quantised, Scaling, dequantise
 from model.grouped import PRODUCTS as GROUPED
+from model.operator import operator, register_fake
 
 
 class Operand(NamedTuple):
@@ -96,13 +97,13 @@ OPERATORS = {
 }
 
 
-@torch.library.custom_op("shoestring::fp8_quantise", mutates_args=())
+@operator("shoestring::fp8_quantise")
 def _fp8_quantise(x: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor]:
     values, scales, _ = OPERATORS[x.device.type].quantise(x, Scaling((tile[0], tile[1]), powers))
     return values.contiguous(), scales.contiguous()  # what is summed over lies side by side
 
 
-@_fp8_quantise.register_fake
+@register_fake(_fp8_quantise)
 def _(x: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor]:
     return _outline(x, x.shape, tile)
 
@@ -115,29 +116,29 @@ def _outline(like: Tensor, shape: torch.Size | list[int], tile: list[int]) -> tu
     return like.new_empty(shape, dtype=fp8.find_format(like.device).dtype), like.new_empty(*others, *tiles, dtype=wide)
 
 
-@torch.library.custom_op("shoestring::fp8_multiply", mutates_args=())
+@operator("shoestring::fp8_multiply")
 def _fp8_multiply(operands: list[Tensor], tiles: list[int], dtype: torch.dtype) -> Tensor:
     return OPERATORS[operands[0].device.type].multiply(*_unpack(operands, tiles), dtype)
 
 
-@_fp8_multiply.register_fake
+@register_fake(_fp8_multiply)
 def _(operands: list[Tensor], tiles: list[int], dtype: torch.dtype) -> Tensor:
     a, _, b, _ = operands
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("shoestring::fp8_rows", mutates_args=())
+@operator("shoestring::fp8_rows")
 def _fp8_rows(operands: list[Tensor], tiles: list[int], ends: Tensor, dtype: torch.dtype) -> Tensor:
     return OPERATORS[ends.device.type].rows(*_unpack(operands, tiles), ends, dtype)
 
 
-@_fp8_rows.register_fake
+@register_fake(_fp8_rows)
 def _(operands: list[Tensor], tiles: list[int], ends: Tensor, dtype: torch.dtype) -> Tensor:
     a, _, b, _ = operands
     return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("shoestring::fp8_weights", mutates_args=())
+@operator("shoestring::fp8_weights")
 def _fp8_weights(
     g: list[Tensor], x: list[Tensor], tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -149,14 +150,14 @@ def _fp8_weights(
     return OPERATORS[ends.device.type].weights(left, right, ends, dtype)
 
 
-@_fp8_weights.register_fake
+@register_fake(_fp8_weights)
 def _(
     g: list[Tensor], x: list[Tensor], tiles: list[int], powers: list[bool], ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
     return g[0].new_empty(len(ends), g[0].shape[1], x[0].shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("shoestring::fp8_enter", mutates_args=())
+@operator("shoestring::fp8_enter")
 def _fp8_enter(
     given: list[Tensor], tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,7 +169,7 @@ def _fp8_enter(
     return *((each.new_empty(0) for each in kept[:2]) if scales else kept[:2]), *rows[:2]
 
 
-@_fp8_enter.register_fake
+@register_fake(_fp8_enter)
 def _(
     given: list[Tensor], tile: list[int], powers: bool, source: Tensor, slots: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,26 +179,26 @@ def _(
     return *((values, scales) if len(given) == 1 else (each.new_empty(0) for each in given)), *rows
 
 
-@torch.library.custom_op("shoestring::fp8_activate", mutates_args=())
+@operator("shoestring::fp8_activate")
 def _fp8_activate(both: Tensor, share: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inner, hidden = OPERATORS[both.device.type].activate(both, share, Scaling((tile[0], tile[1]), powers))
     return *inner[:2], *hidden[:2]
 
 
-@_fp8_activate.register_fake
+@register_fake(_fp8_activate)
 def _(both: Tensor, share: Tensor, tile: list[int], powers: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = both.shape
     return *_outline(both, both.shape, tile), *_outline(both, [rows, columns // 2], tile)
 
 
-@torch.library.custom_op("shoestring::fp8_differentiate", mutates_args=())
+@operator("shoestring::fp8_differentiate")
 def _fp8_differentiate(
     g: Tensor, values: Tensor, scales: Tensor, share: Tensor, tile: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return OPERATORS[g.device.type].differentiate(g, Quantised(values, scales, (tile[0], tile[1])), share)
 
 
-@_fp8_differentiate.register_fake
+@register_fake(_fp8_differentiate)
 def _(g: Tensor, values: Tensor, scales: Tensor, share: Tensor, tile: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return scales.new_empty(values.shape), scales.new_empty(g.shape), scales.new_empty(g.shape[0])
 
@@ -220,8 +221,9 @@ def multiply_rows(a: Quantised, b: Quantised, ends: Tensor, dtype: torch.dtype) 
 
 def multiply_weights(g: Operand, x: Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:
     """g [P, O], x [P, I] -> [E, O, I], run by run."""
-    rows = ([each.rows] if isinstance(each.rows, Tensor) else list(each.rows[:2]) for each in (g, x))
-    return _fp8_weights(*rows, [*g.scaling.tile, *x.scaling.tile], [g.scaling.powers, x.scaling.powers], ends, dtype)
+    left, right = ([each.rows] if isinstance(each.rows, Tensor) else list(each.rows[:2]) for each in (g, x))
+    tiles, powers = [*g.scaling.tile, *x.scaling.tile], [g.scaling.powers, x.scaling.powers]
+    return _fp8_weights(left, right, tiles, powers, ends, dtype)
 
 
 def enter(tokens: Tensor | Quantised, scaling: Scaling, copies: Copies) -> tuple[Quantised, Quantised]:

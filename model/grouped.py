@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.linear import Deferred, compute_or_defer
+from model.operator import operator, register_fake
 from model.product import matmul_into
 
 
@@ -75,24 +76,24 @@ class Products(NamedTuple):
 PRODUCTS = {"cpu": Products(_rows_loop, _weights_loop), "cuda": Products(_rows_fused, _weights_fused)}
 
 
-@torch.library.custom_op("shoestring::grouped_rows", mutates_args=())
+@operator("shoestring::grouped_rows")
 def grouped_rows(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """[P, I] by [E, I, O] -> [P, O], run by run."""
     return PRODUCTS[x.device.type].rows(x, w, ends)
 
 
-@grouped_rows.register_fake
+@register_fake(grouped_rows)
 def _(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[2])
 
 
-@torch.library.custom_op("shoestring::grouped_weights", mutates_args=())
+@operator("shoestring::grouped_weights")
 def grouped_weights(gy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """[P, O] and [P, I] -> [E, O, I], run by run."""
     return PRODUCTS[x.device.type].weights(gy, x, ends)
 
 
-@grouped_weights.register_fake
+@register_fake(grouped_weights)
 def _(gy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(len(ends), gy.shape[1], x.shape[1])
 

@@ -6,17 +6,9 @@ Without them a product of BF16 takes fifty times as long as one of float32 (0.9 
 import torch
 from torch import Tensor
 
+from model.operator import operator, register_fake
+
 HAS_UNITS = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # of this machine's processor
-
-
-@torch.library.custom_op("shoestring::matmul_wide", mutates_args=())
-def _matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() @ b.float()).to(a.dtype)
-
-
-@_matmul_wide.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
 def _save(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
@@ -30,7 +22,14 @@ def _differentiate(ctx, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-
     return matmul(g, b.mT), g_b
 
 
-_matmul_wide.register_autograd(_differentiate, setup_context=_save)
+@operator("shoestring::matmul_wide", backward=_differentiate, save=_save)
+def _matmul_wide(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() @ b.float()).to(a.dtype)
+
+
+@register_fake(_matmul_wide)
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
 def _widens(a: Tensor) -> bool:

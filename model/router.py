@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, MoEConfig, ScoreFunction
 from model.device import kernel
+from model.operator import operator, register_fake
 from model.sequence import Sequence, WholeSequence
 
 
@@ -45,13 +46,13 @@ def _choose(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int)
 CHOICES: dict[str, Callable[[Tensor, int, int, int, int], Tensor]] = {"cpu": _choose, "cuda": kernel("router:choose")}
 
 
-@torch.library.custom_op("shoestring::choose", mutates_args=())
+@operator("shoestring::choose")
 def choose_experts(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int) -> Tensor:
     """Scores [T, E] in equal groups, of which those ``top_groups`` are open whose ``best`` members sum highest."""
     return CHOICES[scores.device.type](scores, groups, best, top_groups, top_k)
 
 
-@choose_experts.register_fake
+@register_fake(choose_experts)
 def _(scores: Tensor, groups: int, best: int, top_groups: int, top_k: int) -> Tensor:
     return scores.new_empty(scores.shape[0], top_k, dtype=torch.int64)
 

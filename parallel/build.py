@@ -1,6 +1,6 @@
 """A rank's part of a model, with the values that the whole model has there: nothing else is ever in memory."""
 
-from model.build import initialise, outline
+from model.build import initialise, materialise, outline
 from model.config import ModelConfig
 from model.precision import Numerics
 from model.transformer import Transformer
@@ -30,7 +30,7 @@ def allocate_stages(
     for stage in pipeline.stage_map.stages_of(mesh.coordinate(Axis.pp)):
         model = outline(config, numerics.dtype, pipeline.layers[stage], numerics.recipe)
         shards |= parallelize(model, placements, mesh, overlap)
-        stages[stage] = model.to_empty(device=mesh.device)
+        stages[stage] = materialise(model, mesh.device)
         for other in stages.values():
             share_embedding(other, model)
     for name, shard in shards.items():

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from model.embedding import look_up
 from model.linear import Deferred, Linear, differentiate_weight, matmul
+from model.operator import operator, register_fake
 from model.recompute import COMMUNICATION, Sizes, is_repeated
 from model.sequence import Sequence
 from parallel.collective_matmul import MATMULS, Operation, find_obstacle, gather, multiply, scatter
@@ -29,44 +30,44 @@ def _find(group: str) -> dist.ProcessGroup:
     return _resolve_process_group(GroupName(group))
 
 
-@torch.library.custom_op(f"{COMMUNICATION}::gather", mutates_args=())
+@operator(f"{COMMUNICATION}::gather")
 def _gather(shards: list[Tensor], group: str) -> list[Tensor]:
     """Each [B, s, *] -> [B, n s, *]."""
     return gather(shards, _find(group))
 
 
-@_gather.register_fake
+@register_fake(_gather)
 def _(shards: list[Tensor], group: str) -> list[Tensor]:
     n = _find(group).size()
     return [shard.new_empty(shard.shape[0], n * shard.shape[1], *shard.shape[2:]) for shard in shards]
 
 
-@torch.library.custom_op(f"{COMMUNICATION}::scatter", mutates_args=())
+@operator(f"{COMMUNICATION}::scatter")
 def _scatter(partials: list[Tensor], group: str) -> list[Tensor]:
     """Each [B, n s, *] -> the sum over ranks of [B, s, *]."""
     return scatter(partials, _find(group))
 
 
-@_scatter.register_fake
+@register_fake(_scatter)
 def _(partials: list[Tensor], group: str) -> list[Tensor]:
     n = _find(group).size()
     return [whole.new_empty(whole.shape[0], whole.shape[1] // n, *whole.shape[2:]) for whole in partials]
 
 
-@torch.library.custom_op(f"{COMMUNICATION}::gather_multiply", mutates_args=())
+@operator(f"{COMMUNICATION}::gather_multiply")
 def _gather_multiply(shards: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
     """Each [B, s, *] -> [B, n s, *]; then the products of the first ones by ``weights`` [I, O]."""
     return MATMULS[Operation(how)].gather(shards, weights, _find(group))
 
 
-@_gather_multiply.register_fake
+@register_fake(_gather_multiply)
 def _(shards: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
     n = _find(group).size()
     wholes = [shard.new_empty(shard.shape[0], n * shard.shape[1], *shard.shape[2:]) for shard in shards]
     return wholes + [w.new_empty(*x.shape[:-1], w.shape[1]) for x, w in zip(wholes, weights, strict=False)]
 
 
-@torch.library.custom_op(f"{COMMUNICATION}::gather_and_fill", mutates_args=("products", "filled"))
+@operator(f"{COMMUNICATION}::gather_and_fill", mutates=("products", "filled"))
 def _gather_and_fill(
     shards: list[Tensor], weights: list[Tensor], products: list[Tensor], filled: Tensor, group: str, how: str
 ) -> list[Tensor]:
@@ -76,7 +77,7 @@ def _gather_and_fill(
     return wholes
 
 
-@torch.library.custom_op("shoestring::fill", mutates_args=("products",))
+@operator("shoestring::fill", mutates=("products",))
 def _fill(wholes: list[Tensor], weights: list[Tensor], products: list[Tensor], filled: Tensor) -> None:
     """The products, unless they are ``filled``: where a backward computes them again, the gather does not run again."""
     if not filled:
@@ -84,25 +85,25 @@ def _fill(wholes: list[Tensor], weights: list[Tensor], products: list[Tensor], f
             multiply(whole.flatten(0, -2), weight, product.view(-1, weight.shape[1]))
 
 
-@torch.library.custom_op(f"{COMMUNICATION}::multiply_scatter", mutates_args=())
+@operator(f"{COMMUNICATION}::multiply_scatter")
 def _multiply_scatter(wholes: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
     """Each of the products of the first ``wholes`` by ``weights`` [I, O], and of the others, as ``_scatter``."""
     return MATMULS[Operation(how)].scatter(wholes, weights, _find(group))
 
 
-@_multiply_scatter.register_fake
+@register_fake(_multiply_scatter)
 def _(wholes: list[Tensor], weights: list[Tensor], group: str, how: str) -> list[Tensor]:
     n = _find(group).size()
     ends = [weight.shape[1:] for weight in weights] + [whole.shape[2:] for whole in wholes[len(weights) :]]
     return [x.new_empty(x.shape[0], x.shape[1] // n, *end) for x, end in zip(wholes, ends, strict=True)]
 
 
-@torch.library.custom_op(f"{COMMUNICATION}::total", mutates_args=())
+@operator(f"{COMMUNICATION}::total")
 def _total(counts: Tensor, group: str) -> Tensor:
     return all_reduce(counts, _find(group)).wait()
 
 
-@_total.register_fake
+@register_fake(_total)
 def _(counts: Tensor, group: str) -> Tensor:
     return torch.empty_like(counts)
 

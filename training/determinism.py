@@ -53,7 +53,8 @@ def fix_numerics(device: torch.device, threads: int | None, deterministic: bool 
     if deterministic:
         # Read when the first product of the process sets its library up.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic or torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)  # loads torch's compiler
     # The mode would also fill every new tensor with NaN, which costs a pass and changes no result of ours.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return threads

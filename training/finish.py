@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import torch
-
 from parallel.doing import doing
 from training import ledger as ledgers
 from training import view
@@ -92,7 +90,7 @@ def write_sample(setup: Setup, folder: Path) -> str:
         return ""
     sampling = setup.config.run.sample
     # The cache grows with every token: compiled segments would be compiled anew for each.
-    with torch.compiler.set_stance("force_eager"):
+    with setup.machine.eagerly():
         text = sampling.prompt + "".join(continue_text(model, setup.text.tokenizer, sampling))
     (folder / "sample.txt").write_text(text, encoding="utf-8")
     return text

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ class Machine(NamedTuple):
         """In a line."""
         among = f"{self.ranks} ranks of " if self.ranks > 1 else ""
         return f"{self.device}, {among}{self.threads} threads; {self.reason}"
+
+    def eagerly(self) -> AbstractContextManager[object]:
+        """Inside, segments run as they are, compiled or not."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def facts(self) -> dict[str, object]:
         """For the record."""

@@ -7,7 +7,7 @@ import torch
 from overlap_modes import ONE, TWO, Taken, Way, find_differences, take_step
 from small_models import make_batch, make_config, make_denominators, make_model
 
-from model.build import initialise, outline
+from model.build import initialise, materialise, outline
 from model.config import ModelConfig, Recompute
 from model.transformer import Transformer
 from parallel.build import share_embedding
@@ -21,7 +21,7 @@ def make_stages(config: ModelConfig, stages: int, dtype: torch.dtype) -> dict[in
         return {0: make_model(config, dtype)}
     parts = {}
     for stage, layers in enumerate((range(2), range(2, config.num_layers))):
-        parts[stage] = outline(config, dtype, layers).to_empty(device="cpu")
+        parts[stage] = materialise(outline(config, dtype, layers), "cpu")
         for other in parts.values():
             share_embedding(other, parts[stage])
         initialise(parts[stage], 0)
