@@ -193,7 +193,7 @@ def _split(module: Any, words: Words) -> tuple[Words, Any]:
     """``words`` without those that are the verb's own ``Keys``, and these; None if it has none."""
     if not hasattr(module, "Keys"):
         return words, None
-    from launcher.tree import compose_plain
+    from launcher.words import compose_plain
 
     names = {each.name for each in fields(module.Keys)}
     own = [word for word in words.overrides if word.partition("=")[0] in names]
@@ -216,7 +216,7 @@ def _compose(verb: str, module: Any, words: Words) -> list[tuple[tuple[str, ...]
             raise ValueError(f"{overrides[0]}: {verb} takes no keys; see shoestring {verb} --help")
         return [((), None, "")]
     from launcher.compose import Composer  # Hydra takes a fifth of a second to load
-    from launcher.tree import compose_plain
+    from launcher.words import compose_plain
 
     if own is not RunConfig:
         return [(overrides, *compose_plain(own, overrides))]

@@ -17,11 +17,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
 
 from configs.schema import RunConfig
 from launcher import keys
 from launcher.explain import explained
-from launcher.tree import build, check_type, parse, write
+from launcher.tree import build, write
+from launcher.words import check_type, parse
 
 
 class Composer:
@@ -70,7 +72,10 @@ class Composer:
         """Hydra, set up for the duration and left as it was found; its complaints in our words."""
         store = ConfigStore.instance()
         store.store(name="schema", node=RunConfig, provider="shoestring")
-        with explained(self.keys, self.groups), initialize_config_dir(str(keys.PRESETS), version_base="1.3"):
+        with (
+            explained(self.keys, self.groups, (HydraException,)),
+            initialize_config_dir(str(keys.PRESETS), version_base="1.3"),
+        ):
             yield
 
     def _search(self) -> list[str]:

@@ -5,8 +5,7 @@
         reference_type=RunSection
 
 Mistakes on the command line are found before Hydra sees them (launcher/compose.py); what arrives here comes mostly from
-the files of a user's own presets. With launcher/compose.py and launcher/tree.py, one of the three files that know Hydra
-and OmegaConf.
+the files of a user's own presets.
 """
 
 import re
@@ -14,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -34,17 +32,24 @@ _FILE = re.compile(r"^In '(.+?)'")
 
 
 @contextmanager
-def explained(table: Mapping[str, Key], groups: Mapping[str, tuple[str, ...]] | None = None) -> Iterator[None]:
-    """Turns the libraries' exceptions into a ``ValueError`` in our words, given the known keys and presets."""
+def explained(
+    table: Mapping[str, Key],
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+    others: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Turns the libraries' exceptions into a ``ValueError`` in our words, given the known keys and presets.
+
+    ``others``: Hydra's own, where it is at work. Ranks only read a file, and do without it.
+    """
     try:
         yield
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, *others) as error:
         raise ValueError(explain(error, table, groups or {})) from None
 
 
 def explain(error: BaseException, table: Mapping[str, Key], groups: Mapping[str, tuple[str, ...]]) -> str:
     """One line, at most two, on what is wrong."""
-    if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+    if isinstance(error, ValueError) and not isinstance(error, OmegaConfBaseException):
         return str(error)
     chain = list(_causes(error))
     for cause in chain:
@@ -52,8 +57,8 @@ def explain(error: BaseException, table: Mapping[str, Key], groups: Mapping[str,
             return _explain_yaml(cause)
         if isinstance(cause, YAMLError):
             return f"not YAML: {' '.join(str(cause).split())}"
-        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
-            group, _, name = cause.missing_cfg_file.rpartition("/")
+        if missing := getattr(cause, "missing_cfg_file", None):  # Hydra's MissingConfigException
+            group, _, name = missing.rpartition("/")
             names = groups.get(group, ())
             return f"{group}={name} must be one of {', '.join(names)}{nearest(name, names)}{_file(chain)}"
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:

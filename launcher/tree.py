@@ -1,6 +1,7 @@
 """OmegaConf's trees and our dataclasses: a tree is checked, becomes a plain dataclass at once, and is written as YAML.
 
-With launcher/compose.py and launcher/explain.py, one of the three files that know Hydra and OmegaConf.
+One of the four files that know OmegaConf, with launcher/explain.py and, which load Hydra too, launcher/words.py and
+launcher/compose.py. Every rank reads its configuration by this one.
 """
 
 import re
@@ -10,39 +11,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import RunConfig
 from launcher import keys
-from launcher.explain import explain_word, explained
-
-
-def compose_plain(schema: type, overrides: tuple[str, ...]) -> tuple[Any, str]:
-    """The configuration of a verb that has a dataclass of its own, and the same as YAML.
-
-    A field that is a string takes what stands behind ``=`` letter by letter, so that a prompt needs no second quoting.
-    """
-    table = keys.table(schema)
-    parser = OverridesParser.create()
-    tree = OmegaConf.structured(schema)
-    with explained(table):
-        for word in overrides:
-            key, _, raw = word.partition("=")
-            mapping = key.rpartition(".")[0]
-            if mapping in table and table[mapping].maps:  # a name in it, which takes a text
-                OmegaConf.update(tree, key, _escape(raw))
-                continue
-            if key not in table:
-                raise ValueError(f"{word}: there is no key {key}{keys.nearest(key, table)}")
-            verbatim = table[key].kind is str and not (raw == "null" and table[key].optional)
-            value = _escape(raw) if verbatim else parse(parser, word).value()
-            check_type(table, key, value, raw)
-            OmegaConf.update(tree, key, value)
-        return build(schema, tree), write(tree)
+from launcher.explain import explained
 
 
 def load(path: Path) -> RunConfig:
@@ -78,7 +51,7 @@ def _quote(value: Any) -> Any:
         return {key: _quote(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_quote(each) for each in value]
-    return _escape(str(value)) if isinstance(value, str) else value
+    return escape(str(value)) if isinstance(value, str) else value
 
 
 def build(schema: type, tree: Any) -> Any:
@@ -90,32 +63,12 @@ def build(schema: type, tree: Any) -> Any:
     return _make(schema, OmegaConf.to_container(tree, resolve=True), "", keys.table(schema))
 
 
-def check_type(table: dict[str, keys.Key], key: str, value: Any, raw: str) -> None:
-    """Raises a ``ValueError`` if ``value``, written as ``raw``, cannot become what ``key`` holds."""
-    try:
-        OmegaConf.update(OmegaConf.structured(table[key].owner), key.rpartition(".")[2], value)
-        # A list inside of a mapping of texts passes, and is null in the end.
-        fits = not table[key].maps or all(isinstance(item, str | int | float) for item in value.values())
-    except OmegaConfBaseException:
-        fits = False
-    if not fits:
-        raise ValueError(f"{key}={raw} {table[key].rule}{table[key].hint(raw)}") from None
-
-
 def write(tree: Any) -> str:
     """``tree`` as YAML, nothing left to resolve."""
     return OmegaConf.to_yaml(tree, resolve=True)
 
 
-def parse(parser: OverridesParser, word: str) -> Override:
-    """``key=value`` in Hydra's grammar. ``ValueError`` if it cannot be read."""
-    try:
-        return parser.parse_overrides([word])[0]
-    except OverrideParseException as error:
-        raise ValueError(explain_word(word)) from error
-
-
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """``text`` as OmegaConf has to see it to take ``${`` for nothing but characters."""
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 

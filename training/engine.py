@@ -147,8 +147,25 @@ def unroll_stage(module: nn.Module, *args: Any) -> Unrolling:
     return unroll(module, *args)
 
 
+class Seed(torch.autograd.Function):
+    """A scalar whose gradient by ``tensor`` is ``gradient``.
+
+    Of a root with a gradient torch compares the shapes, for which it loads sympy into every rank of a pipeline.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        assert tensor.shape == gradient.shape
+        ctx.save_for_backward(gradient)
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return ctx.saved_tensors[0], None
+
+
 def differentiate(loss: Tensor, hidden: Hidden) -> None:
     """The backward of a stage: from its own part of the loss, if any, and from what the next stage sent back."""
-    roots: list[tuple[Tensor, Tensor | None]] = [(loss, None)] if loss.requires_grad else []
-    roots += [hidden] if hidden is not None else []
-    torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
+    roots = [loss] if loss.requires_grad else []
+    roots += [Seed.apply(*hidden)] if hidden is not None else []
+    torch.autograd.backward(roots)

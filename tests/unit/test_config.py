@@ -9,7 +9,7 @@ import pytest
 from configs.schema import RunConfig
 from launcher import keys
 from launcher.compose import Composer
-from launcher.tree import compose_plain
+from launcher.words import compose_plain
 from model.config import ScoreFunction
 from training.config import MomentDtype, Precision, RateShape, SamplingConfig
 from training.ramp import schedule_batches
