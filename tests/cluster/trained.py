@@ -14,7 +14,7 @@ MODEL = ("num_layers=2", "hidden=32", "ffn=48", "attention.heads=2", "moe.ffn=16
 WORDS = (
     *(f"model.{word}" for word in MODEL),
     *("data.corpus=[text.txt]", "data.sequence_length=32", "data.workers=1", "precision=fp32", "verify=skip"),
-    *("run.steps=8", "run.global_batch=8", "run.micro_batch=1", "run.threads=1", "run.eval_tokens=512"),
+    *("run.steps=8", "run.global_batch=4", "run.micro_batch=1", "run.threads=1", "run.eval_tokens=512"),
     *("run.sample.tokens=0", "checkpoint.save=false", "health.heartbeat=0.5"),
     "preflight.when=never",  # nodes that share two cores are not alike: test_preflight_nodes.py
     *("parallel.pp=2", "parallel.dp=2", "parallel.ep=2"),
