@@ -85,8 +85,8 @@ class Client:
         return [*self.enter(host), "env", f"--chdir={cwd or Path.cwd()}", *added, *map(str, words)]
 
     def submit(self, *words: str | Path, cwd: Path | None = None) -> str:
-        """`sbatch` with these words -> the job's number."""
-        return self.run(["sbatch", "--parsable", *words], cwd=cwd).stdout.strip()
+        """`sbatch` with these words -> the job's number. Its output goes to ``cwd``, by default where the logs are."""
+        return self.run(["sbatch", "--parsable", *words], cwd=cwd or self.folder).stdout.strip()
 
     def show(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says: {"JobState": "RUNNING", "Restarts": "0", "NodeList": "n1", ...}."""
