@@ -32,7 +32,7 @@ def _acts(run: Path, action: str) -> bool:
 
 
 WHEN = [
-    pytest.param(in_a_step, (), 1, id="in a step"),
+    pytest.param(in_a_step, (), 1, id="in a step", marks=pytest.mark.full),
     pytest.param(while_loading, KILLED_BEFORE, 2, id="while loading", marks=pytest.mark.full),
 ]
 

@@ -39,7 +39,7 @@ def check(cluster: Cluster, folder: Path, nodes: int = 2) -> subprocess.Complete
     return cluster.run(srun, cwd=folder, check=False, timeout=240)
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
+@pytest.mark.parametrize("nodes", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_a_slow_link_is_named(two: Cluster, tmp_path: Path, nodes: int) -> None:
     two.run(RATE.split(), "n2")
     done = check(two, tmp_path, nodes)
@@ -54,7 +54,8 @@ def test_two_healthy_nodes_pass(two: Cluster, tmp_path: Path) -> None:
     assert not any((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("spares", [1, pytest.param(0, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("spares", [1, 0])
 def test_a_submitted_run_does_without_a_node_that_is_unfit(two: Cluster, tmp_path: Path, spares: int) -> None:
     """With a spare inside the job; without one in the next, which is never given that node, however slow Slurm is."""
     write_text(tmp_path)

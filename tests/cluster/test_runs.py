@@ -42,7 +42,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if "torchrun" in name else ()) for name in LAUNCHERS]
+)
 def test_every_launcher_trains_to_the_same_bits(cluster: Cluster, folder: Path, name: str) -> None:
     run = folder / "runs" / name.replace(", ", "-")
     done = cluster.run([*LAUNCHERS[name], f"run.id={run.name}", "run.steps=8"], cwd=folder, timeout=SECONDS)
@@ -52,7 +54,7 @@ def test_every_launcher_trains_to_the_same_bits(cluster: Cluster, folder: Path, 
     assert steps_of(run) == expect(folder, 8)
 
 
-@pytest.mark.parametrize("name", ["srun", "mpirun"])
+@pytest.mark.parametrize("name", ["srun", pytest.param("mpirun", marks=pytest.mark.full)])
 def test_an_evaluation_is_what_the_run_measured(cluster: Cluster, folder: Path, name: str) -> None:
     """In the same layout to the bit, on two nodes."""
     start = LAUNCHERS[name][: -len(TRAIN)]
@@ -94,6 +96,7 @@ def test_a_submitted_run_that_is_told_of_its_end_goes_on_where_it_was(
     assert "in 2 attempts: useful " in said
 
 
+@pytest.mark.full
 def test_a_job_that_is_told_of_its_end_before_it_trains_comes_back(cluster: Cluster, folder: Path) -> None:
     """In what its script sets up, and while the process loads that is to hear of it."""
     loading = 'pid=$(pgrep -f "[l]auncher.supervise") && grep -q "^SigBlk:.*4800$" /proc/$pid/status && kill -USR2 $pid'
@@ -114,6 +117,7 @@ def test_a_job_that_is_told_of_its_end_before_it_trains_comes_back(cluster: Clus
     assert read_output(run).count("requeued: asked to stop") == 1 and not steps_of(run), read_output(run)
 
 
+@pytest.mark.full
 def test_a_job_that_another_one_displaces_loses_no_step(cluster: Cluster, folder: Path) -> None:
     run, job = folder / "runs" / "displaced", submit(cluster, folder, "displaced", *LONG, "checkpoint.every=0")
     wait_for_step(run, 6)
@@ -137,7 +141,8 @@ def test_a_killed_rank_is_named_and_all_are_started_again(cluster: Cluster, fold
     assert steps_of(run) == expect(folder)
 
 
-@pytest.mark.parametrize("heartbeat", ["0.5", pytest.param("null", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("heartbeat", ["0.5", "null"])
 def test_an_attempt_that_lives_on_unseen_writes_no_checkpoint(cluster: Cluster, folder: Path, heartbeat: str) -> None:
     """A node is cut off, but sees the run's folder: it goes on, while the job is started again on another one. Its next
     heartbeat ends it, or else its next checkpoint."""

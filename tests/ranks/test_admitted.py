@@ -25,10 +25,9 @@ from training.save import open_saved
 
 SEVERAL = [
     LAYOUTS[3],
-    Layout(Topology(pp=2, tp=2, ep=2)),
-    *(pytest.param(LAYOUTS[n], marks=pytest.mark.full) for n in (0, 6)),
+    *(pytest.param(layout, marks=pytest.mark.full) for layout in (Layout(Topology(pp=2, tp=2, ep=2)), *LAYOUTS[:7:6])),
 ]
-BEGIN = [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3], pytest.param(LAYOUTS[6], marks=pytest.mark.full)]
+BEGIN = [LAYOUTS[3], *(pytest.param(LAYOUTS[n], marks=pytest.mark.full) for n in (0, 2, 6))]
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_a_run_goes_on_from_them(text: Path, whole: Path, cut: Path) -> None:
     assert not list(cut.glob("node*/*"))  # finished
 
 
-@pytest.mark.parametrize("lost", range(2))
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_lost_node_is_served_by_the_other(text: Path, whole: Path, cut: Path, lost: int) -> None:
     shutil.rmtree(cut / f"node{lost}")
     said = run_ranks(take, WORLD, text, cut, False)[0]
@@ -151,7 +151,7 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_flipped_byte_is_seen(text: Path, whole: Path, cut: Path, both: bool) -> None:
     """A rank reads its own node's copy; where that is damaged, the other node's; then that of the step before."""
     for path in cut.glob(f"node{'*' if both else 1}/*/*/00000008/00003.safetensors"):
@@ -199,6 +199,7 @@ def test_a_read_error_lets_nobody_wait(tmp_path: Path) -> None:
     assert "bytes early" in sent and "00000.json" in received
 
 
+@pytest.mark.full
 def test_where_all_are_damaged_the_checkpoint_is_taken(text: Path, whole: Path, cut: Path) -> None:
     for path in cut.glob("node*/*/*/*/00001.safetensors"):
         os.truncate(path, 2000)
@@ -207,6 +208,7 @@ def test_where_all_are_damaged_the_checkpoint_is_taken(text: Path, whole: Path, 
     assert resumed(cut) == [5] and rows(cut) == rows(whole)
 
 
+@pytest.mark.full
 def test_nothing_of_both_nodes_is_left(text: Path, whole: Path, cut: Path) -> None:
     for path in cut.glob("node*"):
         shutil.rmtree(path)
@@ -214,11 +216,13 @@ def test_nothing_of_both_nodes_is_left(text: Path, whole: Path, cut: Path) -> No
     assert resumed(cut) == [5] and rows(cut) == rows(whole)
 
 
+@pytest.mark.full
 def test_another_layout_takes_the_checkpoint(text: Path, cut: Path) -> None:
     run_ranks(take, WORLD, text, cut, False, 1, "native", 2)
     assert resumed(cut) == [5]
 
 
+@pytest.mark.full
 def test_a_record_that_is_behind_takes_the_step_before(text: Path, whole: Path, cut: Path) -> None:
     lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if '"kind": "step", "step": 7' not in line]
@@ -228,6 +232,7 @@ def test_a_record_that_is_behind_takes_the_step_before(text: Path, whole: Path, 
     assert resumed(cut) == [7] and rows(cut) == rows(whole)
 
 
+@pytest.mark.full
 def test_where_nothing_can_be_written_the_run_goes_on(text: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "node1").write_text("no folder")
     said = run_ranks(take, WORLD, text, tmp_path, False)[0]
@@ -235,6 +240,7 @@ def test_where_nothing_can_be_written_the_run_goes_on(text: Path, whole: Path, t
     assert rows(tmp_path) == rows(whole) and not resumed(tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("engine", ["fsdp2", "zero1"])
 def test_other_engines(text: Path, tmp_path: Path, engine: str) -> None:
     whole = tmp_path / "whole"

@@ -128,7 +128,8 @@ def in_pieces(rank: int, world: int, config: ModelConfig, pieces: int) -> tuple[
     return repeats, distances
 
 
-@pytest.mark.parametrize("pieces", [2, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("pieces", [2, 3])
 def test_pieces_change_nothing_but_the_order_of_sums(pieces: int) -> None:
     config = make_config(moe={"experts": 8, "groups": 4})
     for repeats, distances in run_ranks(in_pieces, 2, config, pieces):

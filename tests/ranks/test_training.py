@@ -77,10 +77,10 @@ def train_rank(rank: int, world: int, topology: Topology, config: TrainConfig, f
     ("topology", "micro_batch", "schedule"),
     [
         (Topology(dp=2), 2, "1f1b"),
-        (Topology(dp=4, ep=2), 1, "1f1b"),
+        pytest.param(Topology(dp=4, ep=2), 1, "1f1b", marks=pytest.mark.full),
         (Topology(dp=2, tp=2, ep=2), 2, "1f1b"),
         (Topology(pp=2, dp=2, ep=2), 1, "1f1b"),
-        (Topology(pp=2), 1, "zb_v"),
+        pytest.param(Topology(pp=2), 1, "zb_v", marks=pytest.mark.full),
         pytest.param(Topology(pp=2, tp=2), 1, "dualpipev", marks=pytest.mark.full),
         (Topology(pp=2), 1, "dualpipe"),
     ],

@@ -94,7 +94,7 @@ def test_it_is_what_the_run_measured_itself(folder: Path, measure: Eval) -> None
 @pytest.mark.parametrize(
     "layout",
     [
-        ("parallel.tp=2", "parallel.ep=2"),
+        pytest.param(("parallel.tp=2", "parallel.ep=2"), marks=pytest.mark.full),
         ("parallel.pp=2", "micro_batch=3"),
         pytest.param(("parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "micro_batch=1"), marks=pytest.mark.full),
     ],
@@ -110,6 +110,7 @@ def test_every_layout_gives_the_same_number(layout: tuple[str, ...], folder: Pat
     assert not list((folder / "runs" / "mine" / "evaluations").glob("*/logs"))
 
 
+@pytest.mark.full
 def test_under_torchrun(folder: Path) -> None:
     recorded = rows(folder / "runs" / "mine", "end")[0]["held_out"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -29,6 +29,7 @@ def write_text(folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 900)
 
 
+@pytest.mark.full
 def test_a_killed_rank_is_paid_for_until_the_next_one_steps(tmp_path: Path) -> None:
     """Rank 0, which keeps the ledger, dies in the seventh step; there is a checkpoint behind the fourth or sixth."""
     write_text(tmp_path)

@@ -45,6 +45,7 @@ def test_a_healthy_machine_passes_and_nothing_is_left(tmp_path: Path) -> None:
     assert not any((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.full
 def test_a_lost_device_is_named_and_no_run_starts(tmp_path: Path, library: Path) -> None:
     """Alone, and before a run, whose id stays free."""
     states, node = tmp_path / "states.txt", os.uname().nodename
@@ -88,6 +89,7 @@ def test_one_machine_of_processors_is_not_checked_unless_asked(tmp_path: Path) -
     assert code == 2 and err.startswith("shoestring: preflight.when=alone is what shoestring preflight does: take auto")
 
 
+@pytest.mark.full
 def test_a_wrong_clock_is_named(tmp_path: Path) -> None:
     """Two machines that somebody else started a rank on each of: the second one's clock is a minute and a half late."""
     shim = tmp_path / "clock.so"

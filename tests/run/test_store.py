@@ -209,6 +209,7 @@ def test_a_run_has_its_checkpoints_in_one_place(root: Remote, capsys: pytest.Cap
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.full
 def test_a_server_that_dies_ends_no_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, address = serve(tmp_path)
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)

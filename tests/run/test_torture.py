@@ -90,6 +90,7 @@ def test_a_rank_that_is_slow_is_named(folder: Path) -> None:
     assert "rank 1 is slow, or has more to do: it computes" in said and "rank 0 is slow" not in said
 
 
+@pytest.mark.full
 def test_where_memory_runs_out_is_said_with_what_to_change(folder: Path) -> None:
     """A limit that the kernel sets: the model fits, a step of 65,536 sequences at once does not."""
 

@@ -97,7 +97,7 @@ THREE = [
     [
         pytest.param([FOLDED], DEEPSPEED[:2], marks=pytest.mark.full),
         pytest.param([PIPED], DEEPSPEED[:2], marks=pytest.mark.full),
-        ([BESIDE], DEEPSPEED[2:]),
+        pytest.param([BESIDE], DEEPSPEED[2:], marks=pytest.mark.full),
         pytest.param(THREE, DEEPSPEED[2:], marks=pytest.mark.full),
     ],
     ids=["folded", "piped", "beside", "three"],
