@@ -2,10 +2,10 @@
 
 As ``torch.library.custom_op``, whose operators load torch's compiler when first called, also where nothing is compiled:
 a thousand files, and as long as the rest of torch takes. Nor does each call look whether a result is one of the tensors
-that were given, or overlaps one, which no kernel may do: tests do (`opcheck`).
+that were given, or overlaps one, which no kernel may do: a test does for all of them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 def operator(
     name: str,
-    mutates: Iterable[str] = (),
+    mutates: Sequence[str] = (),
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -29,8 +29,9 @@ def operator(
     """
 
     def define(kernel: Callable[P, R]) -> Callable[P, R]:
-        schema = torch.library.infer_schema(kernel, mutates_args=tuple(mutates))
+        schema = torch.library.infer_schema(kernel, mutates_args=mutates)
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        # Also where a closure calls it with parameters, outside of any Function: kernels write into parts of results.
         torch.library.impl(name, "default", torch.no_grad()(kernel))
         if not mutates:
             torch.library.register_autograd(name, backward or partial(_refuse, name), setup_context=save)
