@@ -24,6 +24,7 @@ from training.health.beat import keep_error, read_ending
 def main() -> int:
     """Trains. The exit code: 0 however the run ended, 2 for a user's mistake, 3 for a machine that is unfit, 1 for
     a fault, 130 for Ctrl-C before."""
+    keep_requests()  # before there is another thread
     path, started_here = Path(sys.argv[1]), len(sys.argv) > 2
     if started_here:
         end_with(int(sys.argv[2]))
@@ -50,7 +51,6 @@ def _serve(path: Path, rank: Rank | None, started_here: bool) -> None:
     """
     config = folder.load_config(path)
     if rank is None:  # the job has one task
-        keep_requests()
         serve_alone(config, path)
         return
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ than the dead one is noticed, and the agent may end a rank that is just about to
     an exception of a rank's own   the earliest
     death without a word           a signal, or an exit in the middle
     a lost connection              the earliest
-    SIGTERM                        with it the agent ends those that live on
+    SIGTERM, SIGUSR2               with these those that live on are told to end
 """
 
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 from launcher.logs import log_of
 from training.checkpoint.place import replace_text
 from training.health.beat import read_beat, read_ending
+from training.interrupt import LAUNCHER
 
 VERDICT = "verdict.json"
 LAST = 15  # lines of a rank's output shown
@@ -74,7 +75,7 @@ class Death:
             return Cause.mistake
         if self.message:
             return Cause.connection if LOST.search(self.message) else Cause.exception
-        return Cause.ended if self.code == -signal.SIGTERM else Cause.silence
+        return Cause.ended if self.code in (-signal.SIGTERM, -LAUNCHER) else Cause.silence
 
     @property
     def brief(self) -> str:

@@ -21,7 +21,8 @@ SAID = {
 class Interrupt:
     """While entered, ``asked`` says whether a stop was asked for; ``say`` is called when it is.
 
-    Whoever starts ranks blocks SIGUSR2 in them, so that one that comes earlier is kept until it is heard here.
+    Whoever starts ranks blocks SIGUSR2 in them, so that one that comes earlier is kept until it is heard here. One that
+    comes later is ignored there: threads that were started meanwhile do not block it, and it would end the process.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -38,9 +39,11 @@ class Interrupt:
 
     def __exit__(self, *error: object) -> None:
         if self._main:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            if LAUNCHER in self._mask:
+                self._before[LAUNCHER] = signal.SIG_IGN
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,23 @@ def test_the_first_interrupt_asks_and_the_second_stops() -> None:
         assert interrupt.asked and "again stops at once" in said[0]
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_request_behind_the_loop_ends_no_rank() -> None:
+    """Also where a thread takes it that was started in the loop: it does not block the signal, as the main one does."""
+    code = """
+import os, signal, threading, time
+from launcher.entry import keep_requests
+from training.interrupt import LAUNCHER, Interrupt
+
+keep_requests()
+with Interrupt(print) as interrupt:
+    threading.Thread(target=time.sleep, args=(0.5,)).start()
+os.kill(os.getpid(), LAUNCHER)
+print("goes on", interrupt.asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (0, "goes on False\n"), done.stderr
 
 
 def test_starts_from_published_weights(text: Path, tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ def test_an_exit_without_an_exception_shows_both_streams(run: Path) -> None:
     assert "rank 2 line 39" in text and "Fatal Python error" in text
 
 
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_rank_that_was_told_to_end_is_no_root(run: Path, told: signal.Signals) -> None:
+    assert [death.rank for death in read_deaths(run, {0: -told, 1: -signal.SIGSEGV})] == [1, 0]
+
+
 def test_a_mistake_counts_though_other_ranks_that_found_it_were_ended(run: Path) -> None:
     keep(run, 0, "ValueError: run.device=xpu: no such device", 1.0)
     keep(run, 1, "ValueError: run.device=xpu: no such device", 2.0)
