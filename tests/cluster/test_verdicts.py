@@ -28,7 +28,7 @@ ENDURED = (  # of two phases each, but for NaN, which gradients alone have
     FailAt(2, 19, Phase.forward, Fault.slow),
     FailAt(1, 40, Phase.optimizer, Fault.slow),
 )
-HEALTH = ("health.hang=10", "health.verify_every=1", "checkpoint.every=2", "run.restarts=9", "run.steps=40")
+HEALTH = ("health.hang=15", "health.verify_every=1", "checkpoint.every=2", "run.restarts=9", "run.steps=40")
 
 
 def list_faults() -> list[FailAt]:

@@ -43,7 +43,7 @@ def test_six_faults_leave_every_loss_as_it_was(folder: Path) -> None:
     from training.health.config import parse
 
     words = [*WORDS, *LAYOUT, *SHORT[1:], f"data.corpus=[{folder / 'text.txt'}]", f"data.folder={folder / 'data'}"]
-    words += ["run.steps=22", "run.eval_every=11", "health.hang=8"]
+    words += ["run.steps=22", "run.eval_every=11", "health.hang=12"]
     start(folder / "runs", "undisturbed", words, ())
     expected = read_rows(folder / "runs" / "undisturbed")
     faults = [parse(text) for text in SIX]
@@ -62,7 +62,7 @@ def check_hang(run: Path) -> None:
     """The report of the rank that was stopped."""
     (report,) = run.glob("before/*/logs/hang.txt")
     first, *lines = report.read_text().splitlines()
-    assert first == "no rank has gone on for 8 s: rank 0 is stuck; rank 1 is waiting for it"
+    assert first == "no rank has gone on for 12 s: rank 0 is stuck; rank 1 is waiting for it"
     assert lines[0].startswith("rank 0 on ") and lines[0].endswith(": it is stopped by a signal")
     assert lines[1].startswith("rank 1 on ") and "waits in step 12 > " in lines[1]
     assert "rank 0\nhas left no stack" in report.read_text() and "in run_step" in report.read_text()
