@@ -22,9 +22,9 @@ test: .venv/ready-test
 test-full: .venv/ready-test
 	$(PYTEST) tests -m "full and not gpu"
 
-# Tests on a real Slurm, which `make test` skips where there is none.
+# Tests on a real Slurm, which `make test` skips where there is none, and their wide versions.
 test-cluster: cluster-packages .venv/ready-test
-	SHOESTRING_CLUSTER=required $(PYTEST) tests/cluster
+	SHOESTRING_CLUSTER=required $(PYTEST) tests/cluster -m "not gpu"
 
 # Debian's packages for these, where one of their commands is missing.
 CLUSTER := slurmctld slurmd slurm-client openmpi-bin iproute2 procps

@@ -31,9 +31,8 @@ def operator(
     def define(kernel: Callable[P, R]) -> Callable[P, R]:
         schema = torch.library.infer_schema(kernel, mutates_args=mutates)
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-        # Also where a closure calls it with parameters, outside of any Function: kernels write into parts of results.
-        torch.library.impl(name, "default", torch.no_grad()(kernel))
-        if not mutates:
+        torch.library.impl(name, "default", kernel)
+        if not mutates:  # what mutates is called inside of autograd.Functions alone
             torch.library.register_autograd(name, backward or partial(_refuse, name), setup_context=save)
         namespace, short = name.split("::")
         return cast(Callable[P, R], getattr(getattr(torch.ops, namespace), short).default)

@@ -28,7 +28,8 @@ ENDURED = (  # of two phases each, but for NaN, which gradients alone have
     FailAt(2, 19, Phase.forward, Fault.slow),
     FailAt(1, 40, Phase.optimizer, Fault.slow),
 )
-HEALTH = ("health.hang=15", "health.verify_every=1", "checkpoint.every=2", "run.restarts=9", "run.steps=40")
+HANG = "health.hang=15"  # other tests may run beside
+HEALTH = ("health.verify_every=1", "checkpoint.every=2", "run.restarts=9", "run.steps=40")
 
 
 def list_faults() -> list[FailAt]:
@@ -54,11 +55,11 @@ def describe(fault: FailAt) -> str:
 def test_the_first_cause_is_named(cluster: Cluster, tmp_path: Path) -> None:
     write_text(tmp_path)
     undisturbed, disturbed = tmp_path / "runs" / "undisturbed", tmp_path / "runs" / "disturbed"
-    job = submit(cluster, tmp_path, "undisturbed", *HEALTH)
+    job = submit(cluster, tmp_path, "undisturbed", HANG, *HEALTH)
     cluster.wait(job, "COMPLETED", seconds=SECONDS)
     faults = list_faults()
     texts = ",".join(f"'{fault}'" for fault in faults)
-    job = submit(cluster, tmp_path, "disturbed", *HEALTH, f"health.faults=[{texts}]")
+    job = submit(cluster, tmp_path, "disturbed", HANG, *HEALTH, f"health.faults=[{texts}]")
     ended = until(lambda: cluster.show(job)["JobState"] in ("COMPLETED", "FAILED"), 5 * SECONDS)
     said = (disturbed / f"job-{job}.out").read_text()
     assert ended, said
